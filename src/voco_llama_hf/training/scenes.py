@@ -1,0 +1,367 @@
+"""Small procedural scenes with questions and answers: coloured shapes and handwritten digits on a 64x64 canvas."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+CANVAS = 64  # pixels a side
+GRID = 3  # cells a side; every object lies inside a cell of its own, so no two overlap
+CELL = CANVAS // GRID
+SUPERSAMPLING = 4  # shapes are drawn larger and reduced, for smooth edges
+
+COLOURS = {
+    "red": (225, 40, 45),
+    "orange": (245, 135, 25),
+    "yellow": (250, 225, 55),
+    "green": (45, 175, 75),
+    "cyan": (70, 225, 230),
+    "blue": (50, 90, 240),
+    "purple": (165, 70, 200),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SIZES = {"small": (11, 13), "large": (17, 19)}  # pixels, both ends included
+POSITIONS = tuple(
+    "center" if row == column == "middle" else f"{row} {column}"
+    for row in ("top", "middle", "bottom")
+    for column in ("left", "middle", "right")
+)
+DIFFICULTIES = {"sparse": (1, 4), "dense": (5, 9)}  # number of objects, both ends included
+FAMILIES = ("colour", "shape", "digit", "where", "count", "existence", "comparison")
+SPLITS = ("train", "validation", "test")
+
+# The outlines of the polygons in a unit square, y down.
+OUTLINES = {
+    "square": ((0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)),
+    "triangle": ((0.5, 0.02), (1.0, 0.96), (0.0, 0.96)),
+    "cross": tuple(
+        (x, y)
+        for x, y in zip(
+            (0.33, 0.67, 0.67, 1.0, 1.0, 0.67, 0.67, 0.33, 0.33, 0.0, 0.0, 0.33),
+            (0.0, 0.0, 0.33, 0.33, 0.67, 0.67, 1.0, 1.0, 0.67, 0.67, 0.33, 0.33),
+            strict=True,
+        )
+    ),
+    "star": tuple(
+        (0.5 + radius * np.sin(np.pi * i / 5), 0.52 - radius * np.cos(np.pi * i / 5))
+        for i, radius in enumerate((0.52, 0.22) * 5)
+    ),
+}
+
+FEATURES = Features(
+    {
+        "image": Image(),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "difficulty": Value("string"),
+        "families": List(Value("string")),
+        "questions": List(Value("string")),
+        "answers": List(Value("string")),
+        "objects": List(
+            {
+                "colour": Value("string"),
+                "name": Value("string"),
+                "size": Value("string"),
+                "cell": Value("int32"),
+                "left": Value("int32"),
+                "top": Value("int32"),
+                "pixels": Value("int32"),
+            }
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """
+    One object of a scene.
+
+    Args:
+        colour (`str`): One of [`COLOURS`].
+        name (`str`): One of [`SHAPES`], or the digit `"0"` to `"9"`.
+        size (`str`): `"small"` or `"large"`.
+        cell (`int`): Index into [`POSITIONS`], rows first.
+        left (`int`): Left edge of the bounding box in pixels.
+        top (`int`): Top edge of the bounding box in pixels.
+        pixels (`int`): Side of the bounding box in pixels.
+    """
+
+    colour: str
+    name: str
+    size: str
+    cell: int
+    left: int
+    top: int
+    pixels: int
+
+    @property
+    def position(self) -> str:
+        return POSITIONS[self.cell]
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.colour} {self.name}"
+
+
+@cache
+def glyphs(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits of a split: images of shape (number, 8, 8) from 0 to 16, and labels of shape (number,)."""
+    images, labels = load_digits(return_X_y=True)
+    parts = dict(zip(("train", "rest"), _stratified(np.arange(len(labels)), labels, 0.2), strict=True))
+    parts["validation"], parts["test"] = _stratified(parts["rest"], labels[parts["rest"]], 0.5)
+    return images[parts[split]].reshape(-1, 8, 8), labels[parts[split]]
+
+
+def _stratified(indices: np.ndarray, labels: np.ndarray, share: float) -> list[np.ndarray]:
+    return train_test_split(indices, test_size=share, stratify=labels, random_state=0)
+
+
+def sample_objects(rng: np.random.Generator, difficulty: str) -> list[SceneObject]:
+    """Draws the objects of a scene, each inside a cell of its own, ordered by cell."""
+    low, high = DIFFICULTIES[difficulty]
+    cells = np.sort(rng.choice(GRID**2, size=rng.integers(low, high + 1), replace=False))
+    objects = []
+    for cell in cells.tolist():
+        size = str(rng.choice(list(SIZES)))
+        pixels = int(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
+        left, top = rng.integers(1, CELL - pixels, size=2, endpoint=True).tolist()
+        is_digit = rng.random() < 0.4
+        objects.append(
+            SceneObject(
+                colour=str(rng.choice(list(COLOURS))),
+                name=str(rng.integers(10)) if is_digit else str(rng.choice(SHAPES)),
+                size=size,
+                cell=cell,
+                left=cell % GRID * CELL + left,
+                top=cell // GRID * CELL + top,
+                pixels=pixels,
+            )
+        )
+    return objects
+
+
+def render(rng: np.random.Generator, objects: list[SceneObject], split: str) -> PILImage.Image:
+    """Draws a scene as an RGB image of 64x64 pixels, its digits with glyphs of `split`."""
+    background = tuple(rng.integers(0, 50, size=3).tolist())
+    canvas = PILImage.new("RGB", (CANVAS * SUPERSAMPLING,) * 2, background)
+    draw = ImageDraw.Draw(canvas)
+    fills = [tuple((np.array(COLOURS[o.colour]) + rng.integers(-12, 13, size=3)).clip(0, 255).tolist()) for o in objects]
+    for obj, fill in zip(objects, fills, strict=True):
+        side = obj.pixels * SUPERSAMPLING
+        left, top = obj.left * SUPERSAMPLING, obj.top * SUPERSAMPLING
+        if obj.name == "circle":
+            draw.ellipse((left, top, left + side - 1, top + side - 1), fill=fill)
+        elif obj.name in OUTLINES:
+            draw.polygon([(left + x * (side - 1), top + y * (side - 1)) for x, y in OUTLINES[obj.name]], fill=fill)
+    canvas = canvas.reduce(SUPERSAMPLING)
+    images, labels = glyphs(split)
+    for obj, fill in zip(objects, fills, strict=True):
+        if obj.name.isdigit():
+            glyph = images[rng.choice(np.flatnonzero(labels == int(obj.name)))]
+            stroke = PILImage.fromarray((glyph * 255 / 16).astype(np.uint8))
+            stroke = stroke.resize((obj.pixels,) * 2, PILImage.Resampling.BICUBIC).rotate(
+                rng.uniform(-8, 8), PILImage.Resampling.BICUBIC
+            )
+            canvas.paste(fill, (obj.left, obj.top), stroke)
+    return canvas
+
+
+def _unique(objects: list[SceneObject], key: str) -> Iterator[SceneObject]:
+    counts = Counter(getattr(o, key) for o in objects)
+    return (o for o in objects if counts[getattr(o, key)] == 1)
+
+
+def _plural(name: str) -> str:
+    return f"{name}es" if name.endswith("s") else f"{name}s"
+
+
+def colour_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
+    for o in objects:
+        yield f"What colour is at the {o.position}?", o.colour
+    for o in _unique(objects, "name"):
+        yield f"What colour is the {o.name}?", o.colour
+
+
+def shape_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
+    for o in objects:
+        if o.name in SHAPES:
+            yield f"What shape is at the {o.position}?", o.name
+    for o in _unique([o for o in objects if o.name in SHAPES], "colour"):
+        yield f"What shape is {o.colour}?", o.name
+
+
+def digit_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
+    digits = [o for o in objects if o.name.isdigit()]
+    for o in digits:
+        yield f"What digit is at the {o.position}?", o.name
+    for o in _unique(digits, "colour"):
+        yield f"What digit is {o.colour}?", o.name
+
+
+def where_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
+    for o in _unique(objects, "phrase"):
+        yield f"Where is the {o.phrase}?", o.position
+    for o in _unique(objects, "name"):
+        yield f"Where is the {o.name}?", o.position
+    for o in _unique(objects, "colour"):
+        yield f"Where is the {o.colour} object?", o.position
+
+
+def count_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
+    yield "How many objects are there?", str(len(objects))
+    yield "How many digits are there?", str(sum(o.name.isdigit() for o in objects))
+    for name in SHAPES:
+        yield f"How many {_plural(name)} are there?", str(sum(o.name == name for o in objects))
+    for colour in COLOURS:
+        yield f"How many {colour} objects are there?", str(sum(o.colour == colour for o in objects))
+    for size in SIZES:
+        yield f"How many {size} objects are there?", str(sum(o.size == size for o in objects))
+
+
+def existence_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
+    """Present phrases, and as many absent ones, which share a colour or a name with an object of the scene."""
+    present = {o.phrase for o in objects}
+    colours, names = {o.colour for o in objects}, {o.name for o in objects}
+    for name in (*SHAPES, *map(str, range(10))):
+        for colour in COLOURS:
+            phrase = f"{colour} {name}"
+            if phrase in present or colour in colours or name in names:
+                yield f"Is there a {phrase}?", "yes" if phrase in present else "no"
+
+
+def comparison_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
+    named = list(_unique(objects, "phrase"))
+    for a in named:
+        for b in named:
+            if a.cell % GRID != b.cell % GRID:
+                answer = "yes" if a.cell % GRID < b.cell % GRID else "no"
+                yield f"Is the {a.phrase} left of the {b.phrase}?", answer
+            if a.cell // GRID != b.cell // GRID:
+                answer = "yes" if a.cell // GRID < b.cell // GRID else "no"
+                yield f"Is the {a.phrase} above the {b.phrase}?", answer
+            if a.size != b.size:
+                yield f"Is the {a.phrase} larger than the {b.phrase}?", "yes" if a.size == "large" else "no"
+
+
+QUESTIONS = dict(
+    zip(
+        FAMILIES,
+        (
+            colour_questions,
+            shape_questions,
+            digit_questions,
+            where_questions,
+            count_questions,
+            existence_questions,
+            comparison_questions,
+        ),
+        strict=True,
+    )
+)
+
+
+def sample_questions(
+    rng: np.random.Generator, objects: list[SceneObject], number: int
+) -> list[tuple[str, str, str]]:
+    """
+    Draws `number` different questions as (family, question, answer).
+
+    Families take turns in a random order; within a family the answer is drawn first and then a question that has
+    it, so frequent answers gain nothing.
+    """
+    pools = {}
+    for family in rng.permutation(FAMILIES).tolist():
+        by_answer = defaultdict(list)
+        for question, answer in QUESTIONS[family](objects):
+            by_answer[answer].append(question)
+        if by_answer:
+            pools[family] = by_answer
+    drawn = []
+    while len(drawn) < number:
+        for family in list(pools)[: number - len(drawn)]:
+            by_answer = pools[family]
+            answer = str(rng.choice(sorted(by_answer)))
+            drawn.append((family, by_answer[answer].pop(rng.integers(len(by_answer[answer]))), answer))
+            if not by_answer[answer]:
+                del by_answer[answer]
+            if not by_answer:
+                del pools[family]
+    return drawn
+
+
+def make_scene(
+    split: str, index: int, seed: int = 0, dense_share: float = 0.5, questions_per_scene: int = 7
+) -> dict[str, object]:
+    """Makes one row of [`make_scenes`]; it depends on the arguments alone."""
+    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    difficulty = "dense" if rng.random() < dense_share else "sparse"
+    objects = sample_objects(rng, difficulty)
+    families, questions, answers = zip(*sample_questions(rng, objects, questions_per_scene), strict=True)
+    turns = [
+        {"role": role, "content": text}
+        for pair in zip(questions, answers, strict=True)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return {
+        "image": render(rng, objects, split),
+        "messages": turns,
+        "difficulty": difficulty,
+        "families": list(families),
+        "questions": list(questions),
+        "answers": list(answers),
+        "objects": [asdict(o) for o in objects],
+    }
+
+
+def make_scenes(
+    split: str,
+    num_scenes: int,
+    seed: int = 0,
+    dense_share: float = 0.5,
+    questions_per_scene: int = 7,
+    num_proc: int | None = None,
+) -> Dataset:
+    """
+    Makes a split of the scenes data set. The same arguments give the same bytes, whatever `num_proc`.
+
+    Splits draw from disjoint random streams and from disjoint sets of handwritten digits.
+
+    Args:
+        split (`str`):
+            `"train"`, `"validation"` or `"test"`.
+        num_scenes (`int`):
+            Number of rows, one image each.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the whole data set.
+        dense_share (`float`, *optional*, defaults to 0.5):
+            Share of scenes with 5 to 9 objects; the others have 1 to 4.
+        questions_per_scene (`int`, *optional*, defaults to 7):
+            Number of questions about each image, all in one conversation.
+        num_proc (`int`, *optional*):
+            Number of processes.
+
+    Returns:
+        [`~datasets.Dataset`]: columns `image` (64x64 RGB), `messages` (one conversation of `questions_per_scene` user
+        and assistant turns, in the format TRL takes), `difficulty`, `families`, `questions`, `answers` (one entry a
+        question) and `objects` (what is in the picture).
+    """
+    options = {"seed": seed, "dense_share": dense_share, "questions_per_scene": questions_per_scene}
+    return Dataset.from_dict({"index": range(num_scenes)}).map(
+        lambda index: make_scene(split, index, **options),
+        input_columns="index",
+        remove_columns="index",
+        features=FEATURES,
+        num_proc=num_proc,
+        desc=f"Drawing {split} scenes",
+    )
