@@ -152,12 +152,12 @@ class ExpandedLayout:
         length (`int`):
             Length of the long sequence. Rows with fewer images are padded on the right.
         short (`torch.LongTensor` of shape `(batch_size, short_length)`):
-            Place of each token of the short sequence. Without VoCo tokens in the long sequence (`"uncompressed"`) theirs
-            are the last vision tokens, so that the last VoCo token reads what precedes the text.
-        prefix, vision, suffix (`torch.LongTensor` of shape `(num_prefixed, P)`, `(num_images, V)`, `(num_suffixed, S)`):
+            Place of each token of the short sequence. Without VoCo tokens in the long sequence (`"uncompressed"`)
+            theirs are the last vision tokens, so that the last VoCo token reads what precedes the text.
+        prefix, vision, suffix (`torch.LongTensor` of shape `(num_prefixed, P)`, `(num_images, V)`, `(num_images, S)`):
             Places of the tokens that were inserted.
-        prefix_rows, suffix_rows (`torch.LongTensor`):
-            Rows of the batch of `prefix` and `suffix`.
+        prefix_rows (`torch.LongTensor` of shape `(num_prefixed,)`):
+            Rows of the batch of `prefix`: in `"uncompressed"` mode only rows that start with an image have one.
     """
 
     length: int
@@ -166,7 +166,6 @@ class ExpandedLayout:
     prefix_rows: torch.Tensor
     vision: torch.Tensor
     suffix: torch.Tensor
-    suffix_rows: torch.Tensor
 
     @classmethod
     def build(
@@ -199,7 +198,6 @@ class ExpandedLayout:
             prefix_rows=runs.rows[has_prefix],
             vision=vision,
             suffix=vision[:, -1:] + 1 + torch.arange(num_suffix, device=device),
-            suffix_rows=runs.rows,
         )
 
     def attention_mask(self, short_mask: torch.Tensor, runs: VoCoRuns) -> torch.Tensor:
@@ -208,7 +206,7 @@ class ExpandedLayout:
         mask.scatter_(1, self.short, short_mask.bool())
         mask[self.prefix_rows[:, None], self.prefix] = True
         mask[runs.rows[:, None], self.vision] = True
-        mask[self.suffix_rows[:, None], self.suffix] = True
+        mask[runs.rows[:, None], self.suffix] = True
         return mask
 
     def segments(self, runs: VoCoRuns, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ class VoCoCache:
     Compressed images, one entry an image, made by [`VoCoLlamaForConditionalGeneration.compress`].
 
     An entry holds the keys and values of the image's k VoCo tokens in every layer, the keys rotated to positions
-    0..k-1. It takes exactly `2 * layers * key_value_heads * k * head_dim` numbers and nothing else is left of the image.
+    0..k-1: exactly `2 * layers * key_value_heads * k * head_dim` numbers, and nothing else is left of the image.
 
     Args:
         keys (`torch.Tensor` of shape `(tokens, layers, key_value_heads, head_dim)`):
@@ -42,7 +42,8 @@ class VoCoCache:
     >>> cache = model.compress(pixel_values, num_voco_tokens=2)
     >>> cache.save("photos.safetensors")
     >>> first, rest = cache[0], cache[1:]
-    >>> model.generate(**processor(text="<image>\nWhat is this?", voco_cache=first, return_tensors="pt"), voco_cache=first)
+    >>> inputs = processor(text="<image>\nWhat is this?", voco_cache=first, return_tensors="pt")
+    >>> model.generate(**inputs, voco_cache=first)
     ```"""
 
     def __init__(
@@ -54,7 +55,9 @@ class VoCoCache:
                 f"{tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}"
             )
         if sum(token_counts) != keys.shape[0] or any(count < 1 for count in token_counts):
-            raise ValueError(f"{keys.shape[0]} VoCo tokens cannot be divided into images of {list(token_counts)} tokens")
+            raise ValueError(
+                f"{keys.shape[0]} VoCo tokens cannot be divided into images of {list(token_counts)} tokens"
+            )
         self.keys = keys
         self.values = values
         self.token_counts = list(token_counts)
@@ -165,7 +168,7 @@ class VoCoCache:
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         if metadata.get("format") != FILE_FORMAT or set(tensors) != {"keys", "values"}:

@@ -3,7 +3,10 @@
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig
+from transformers import LlavaConfig, PreTrainedConfig
+
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @strict
@@ -69,6 +72,51 @@ class VoCoLlamaConfig(LlavaConfig):
         """Part of `@strict`-powered validation."""
         if self.num_voco_tokens < 1:
             raise ValueError(f"num_voco_tokens must be at least 1, got {self.num_voco_tokens}")
+
+
+def key_value_shape(text_config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size of a text model."""
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return text_config.num_hidden_layers, text_config.num_key_value_heads, head_dim
+
+
+def layer_types(text_config: PreTrainedConfig) -> set[str]:
+    """Kinds of attention layers of a text model; one that does not tell them apart has one kind."""
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is None:
+        is_sliding = getattr(text_config, "sliding_window", None) is not None
+        kinds = ["sliding_attention" if is_sliding else "full_attention"]
+    return set(kinds)
+
+
+def sliding_window(text_config: PreTrainedConfig) -> int | None:
+    """Window of the sliding attention layers of a text model, if it has any."""
+    return text_config.sliding_window if "sliding_attention" in layer_types(text_config) else None
+
+
+def check_text_config(text_config: PreTrainedConfig) -> None:
+    """
+    Checks that the keys of a compressed image can be moved to other positions.
+
+    Raises:
+        ValueError: if the text model has no rotary embedding, or one that depends on the length of the sequence, or
+            layers without keys and values.
+    """
+    rope = getattr(text_config, "rope_parameters", None)
+    if rope is None:
+        raise ValueError(
+            "VoCo-LLaMA needs a text model with rotary position embeddings to move compressed images, "
+            f"{text_config.model_type} has none"
+        )
+    if "rope_type" not in rope:
+        raise ValueError(f"VoCo-LLaMA needs one rotary embedding for all layers, {text_config.model_type} has several")
+    if rope["rope_type"] in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"rope_type={rope['rope_type']!r} changes with the length of the sequence, so compressed images could not "
+            "be reused: use a static one (default, linear, llama3, yarn)"
+        )
+    if unknown := layer_types(text_config) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"VoCo-LLaMA needs attention layers only, {text_config.model_type} has {sorted(unknown)}")
 
 
 VoCoLlamaConfig.register_for_auto_class()

@@ -8,6 +8,7 @@ injected into its cache.
 import hashlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
@@ -31,12 +32,11 @@ from .attention_voco_llama import (
     voco_mask_function,
 )
 from .cache_voco_llama import VoCoCache, check_fingerprint
-from .configuration_voco_llama import VoCoLlamaConfig
+from .configuration_voco_llama import VoCoLlamaConfig, check_text_config, key_value_shape, layer_types, sliding_window
 
 
 ATTENTION_MODES = ("voco", "causal", "uncompressed")
 MASKABLE_ATTENTION = ("eager", "sdpa", "flex_attention")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 COMPRESSION_BATCH_SIZE = 16
 
 # Checkpoints of the first LLaVA classes name their weights in an older way
@@ -101,7 +101,7 @@ class InjectionCache(Cache):
 
 
 class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
-    config: VoCoLlamaConfig
+    config: Any  # a VoCoLlamaConfig, whose parts are of whatever classes they name
     config_class = VoCoLlamaConfig
 
 
@@ -115,12 +115,20 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     """
 
     def __init__(self, config: VoCoLlamaConfig):
-        check_text_config(config)
+        check_text_config(config.text_config)
         super().__init__(config)
         self._fingerprint: tuple[tuple, dict[str, str]] | None = None
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected vision tokens of `pixel_values` `(num_images, 3, height, width)`: `(num_images, V, hidden_size)`."""
+        """
+        Vision tokens in the embedding space of the text model: what LLaVA puts into the sequence.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): Preprocessed images.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, V, hidden_size)`.
+        """
         return torch.stack(super().get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
 
     def get_image_features(
@@ -128,8 +136,6 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor | None = None,
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
         voco_cache: VoCoCache | None = None,
-        batch_size: int = COMPRESSION_BATCH_SIZE,
-        show_progress: bool = False,
         return_dict: bool = True,
     ) -> BaseModelOutputWithPooling:
         """
@@ -142,46 +148,58 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 VoCo tokens of every image, or of each; `config.num_voco_tokens` by default.
             voco_cache ([`VoCoCache`], *optional*):
                 Images that are compressed already, instead of `pixel_values`.
-            batch_size (`int`, *optional*, defaults to 16):
-                Images that are compressed at a time.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`] whose `pooler_output` is a list with one tensor
-            `(k, 2 * layers * key_value_heads * head_dim + hidden_size)` an image. Row j holds the keys of the j-th VoCo
-            token, rotated to position 0, its values and its last hidden state (which a [`VoCoCache`] does not have).
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: its `pooler_output` is a list of one tensor
+            `(k, 2 * layers * key_value_heads * head_dim + hidden_size)` an image. Row j holds the keys of the j-th
+            VoCo token, rotated to position 0, its values and its last hidden state (unknown to a [`VoCoCache`]).
+
+        Raises:
+            ValueError: if `voco_cache` was made by another model or has other numbers of VoCo tokens.
         """
         if voco_cache is not None:
             if pixel_values is not None:
                 raise ValueError("pass the images either as pixel_values or as a voco_cache, not both")
             check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
-            if num_voco_tokens is not None:
-                counts = per_image_counts(num_voco_tokens, len(voco_cache))
-                if counts != voco_cache.token_counts:
-                    raise ValueError(
-                        f"num_voco_tokens={counts} was asked of a voco_cache that has {voco_cache.token_counts} VoCo tokens"
-                    )
-            offsets = [offset for count in voco_cache.token_counts for offset in range(count)]
-            keys = self.rotate_keys(voco_cache.keys, -torch.tensor(offsets, device=voco_cache.device))
-            rows = torch.stack([keys, voco_cache.values], dim=1).flatten(1)
-            return BaseModelOutputWithPooling(pooler_output=list(rows.split(voco_cache.token_counts)))
+            counts = voco_cache.token_counts
+            if num_voco_tokens is not None and per_image_counts(num_voco_tokens, len(voco_cache)) != counts:
+                raise ValueError(f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {counts}")
+            states = [voco_cache.keys, voco_cache.values]
+        else:
+            counts = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
+            counts = per_image_counts(counts, len(pixel_values))
+            states = self._compress(pixel_values, counts)
+        offsets = torch.cat([torch.arange(count) for count in counts]).to(states[0].device)
+        at_zero = self.rotate_keys(states[0], -offsets)
+        rows = torch.cat([tensor.flatten(1) for tensor in (at_zero, *states[1:])], dim=-1)
+        return BaseModelOutputWithPooling(pooler_output=list(rows.split(counts)))
 
-        counts = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
-        counts = per_image_counts(counts, len(pixel_values))
-        batches = range(0, len(pixel_values), batch_size)
-        features: list[torch.Tensor] = []
-        for start in logging.tqdm(batches, desc="Compressing images", disable=not show_progress or len(batches) == 1):
-            part = slice(start, start + batch_size)
-            features += self._compress(pixel_values[part], counts[part])
-        return BaseModelOutputWithPooling(pooler_output=features)
+    def _compress(
+        self,
+        pixel_values: torch.Tensor,
+        counts: list[int],
+        batch_size: int = COMPRESSION_BATCH_SIZE,
+        show_progress: bool = False,
+    ) -> list[torch.Tensor]:
+        """
+        First stage: keys at positions 0..k-1, values (both `(tokens, layers, key_value_heads, head_dim)`) and last
+        hidden states `(tokens, hidden_size)` of the VoCo tokens of all images.
+        """
+        starts = range(0, len(pixel_values), batch_size)
+        parts = [
+            self._compress_batch(pixel_values[start : start + batch_size], counts[start : start + batch_size])
+            for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1)
+        ]
+        return [torch.cat(tensors) for tensors in zip(*parts)]
 
-    def _compress(self, pixel_values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-        """One causal pass over a batch of segments; returns the rows of [`get_image_features`]."""
+    def _compress_batch(self, pixel_values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """One causal pass over a batch of segments."""
         vision = self.get_vision_features(pixel_values)
-        prefix, suffix = self._embed_ids(self.config.vision_prefix_token_ids), self._embed_ids(self._suffix_ids(counts))
-        segments = torch.cat(
-            [prefix.expand(len(vision), -1, -1), vision.to(prefix), suffix.expand(len(vision), -1, -1)], dim=1
-        )
         num_kept = max(counts)
+        before = self._embed_ids(self.config.vision_prefix_token_ids).expand(len(vision), -1, -1)
+        behind = [*self.config.vision_suffix_token_ids, *[self.config.voco_token_id] * num_kept]
+        behind = self._embed_ids(behind).expand(len(vision), -1, -1)
+        segments = torch.cat([before, vision.to(before), behind], dim=1)
         positions = torch.arange(num_kept - segments.shape[1], num_kept, device=segments.device)
         kept = CompressionCache(num_kept)
         # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
@@ -190,15 +208,12 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         ).last_hidden_state[:, -num_kept:]
 
         device = hidden_states.device
-        keys = torch.stack([key.to(device) for key in kept.keys], dim=1).permute(0, 3, 1, 2, 4)
-        values = torch.stack([value.to(device) for value in kept.values], dim=1).permute(0, 3, 1, 2, 4)
-        offsets = torch.arange(num_kept, device=device).repeat(len(vision))
-        keys = self.rotate_keys(keys.flatten(0, 1), -offsets).view(keys.shape)
-        rows = torch.cat([keys.flatten(2), values.flatten(2), hidden_states], dim=-1)
-        return [row[:count] for row, count in zip(rows, counts)]
-
-    def _suffix_ids(self, counts: list[int]) -> list[int]:
-        return [*self.config.vision_suffix_token_ids, *[self.config.voco_token_id] * max(counts)]
+        wanted = torch.arange(num_kept, device=device) < torch.tensor(counts, device=device)[:, None]
+        keys, values = (
+            torch.stack([layer.to(device) for layer in layers], dim=1).permute(0, 3, 1, 2, 4)[wanted]
+            for layers in (kept.keys, kept.values)
+        )
+        return [keys, values, hidden_states[wanted]]
 
     def _embed_ids(self, token_ids: list[int]) -> torch.Tensor:
         """Embeddings `(len(token_ids), hidden_size)`."""
@@ -231,22 +246,19 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         """
         if len(pixel_values) == 0:
             raise ValueError("compress needs at least one image")
-        images = self.get_image_features(
-            pixel_values.to(self.device), num_voco_tokens, batch_size=batch_size, show_progress=show_progress
-        ).pooler_output
-        keys, values = self._split_rows(torch.cat(images))[0].unbind(1)
-        offsets = torch.cat([torch.arange(len(image)) for image in images]).to(keys.device)
-        counts = [len(image) for image in images]
-        return VoCoCache(self.rotate_keys(keys, offsets), values.contiguous(), counts, self.fingerprint())
+        counts = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
+        counts = per_image_counts(counts, len(pixel_values))
+        keys, values, _ = self._compress(pixel_values, counts, batch_size, show_progress)
+        return VoCoCache(keys, values, counts, self.fingerprint())
 
     def _split_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of compressed images as `(tokens, 2, layers, heads, head_dim)` and, where known, last hidden states."""
-        layers, heads, head_dim = key_value_shape(self.config)
+        layers, heads, head_dim = key_value_shape(self.config.text_config)
         size = 2 * layers * heads * head_dim
         if rows.shape[-1] not in (size, size + self.config.text_config.hidden_size):
             raise ValueError(
-                f"compressed images of this model have {size} numbers a VoCo token ({layers} layers, {heads} key-value "
-                f"heads of size {head_dim}), got {rows.shape[-1]}: they come from another model"
+                f"compressed images of this model have {size} numbers a VoCo token ({layers} layers, {heads} "
+                f"key-value heads of size {head_dim}), got {rows.shape[-1]}: they come from another model"
             )
         hidden_states = rows[:, size:] if rows.shape[-1] > size else None
         return rows[:, :size].view(-1, 2, layers, heads, head_dim), hidden_states
@@ -278,7 +290,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         if self._fingerprint is None or self._fingerprint[0] != state:
             self._fingerprint = state, {"weights": hash_weights(weights)}
         config = self.config
-        layers, heads, head_dim = key_value_shape(config)
+        layers, heads, head_dim = key_value_shape(config.text_config)
         return {
             "text_model": config.text_config.model_type,
             "layers": str(layers),
@@ -363,13 +375,15 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             return LlavaModelOutputWithPast(**outputs)
 
         voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
-        if pixel_values is not None:
-            counts = resolve_num_voco_tokens(num_voco_tokens, len(pixel_values), int(voco_mask.sum()))
-            if not self._runs_in_two_stages(mode, use_cache, past_key_values):
-                return self._forward_expanded(inputs_embeds, pixel_values, voco_mask, counts, mode, **language_inputs)
-            num_voco_tokens = counts
         if features is None:
-            features = self.get_image_features(pixel_values, num_voco_tokens, voco_cache)
+            num_images = len(pixel_values) if voco_cache is None else len(voco_cache)
+            if voco_cache is not None and num_voco_tokens is None:
+                num_voco_tokens = voco_cache.token_counts
+            counts = resolve_num_voco_tokens(num_voco_tokens, num_images, int(voco_mask.sum()))
+            runs = VoCoRuns.find(voco_mask, counts)
+            if voco_cache is None and not self._runs_in_two_stages(mode, use_cache, past_key_values):
+                return self._forward_expanded(inputs_embeds, pixel_values, runs, mode, **language_inputs)
+            features = self.get_image_features(pixel_values, counts, voco_cache)
         return self._forward_injected(
             inputs_embeds, features.pooler_output, voco_mask, past_key_values, use_cache, **language_inputs
         )
@@ -392,8 +406,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         self,
         inputs_embeds: torch.Tensor,
         pixel_values: torch.Tensor,
-        voco_mask: torch.Tensor,
-        counts: list[int],
+        runs: VoCoRuns,
         mode: str,
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
@@ -406,16 +419,14 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             self._embed_ids(ids) for ids in (self.config.vision_prefix_token_ids, self.config.vision_suffix_token_ids)
         )
         if attention_mask is None:
-            attention_mask = torch.ones_like(voco_mask)
-        runs = VoCoRuns.find(voco_mask, counts)
+            attention_mask = torch.ones(batch_size, short_length, dtype=torch.bool, device=inputs_embeds.device)
         layout = ExpandedLayout.build(runs, attention_mask, len(prefix), vision.shape[1], len(suffix), mode)
 
         by_token = layout.short[..., None].expand(-1, -1, hidden_size)
         embeds = inputs_embeds.new_zeros(batch_size, layout.length, hidden_size).scatter(1, by_token, inputs_embeds)
         embeds = embeds.index_put((runs.rows[:, None], layout.vision), vision)
         embeds = embeds.index_put((layout.prefix_rows[:, None], layout.prefix), prefix.to(embeds))
-        if layout.suffix.numel() > 0:
-            embeds = embeds.index_put((layout.suffix_rows[:, None], layout.suffix), suffix.to(embeds))
+        embeds = embeds.index_put((runs.rows[:, None], layout.suffix), suffix[: layout.suffix.shape[1]].to(embeds))
         mask = layout.attention_mask(attention_mask, runs)
         if mode == "voco":
             if position_ids is None:
@@ -449,14 +460,14 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         """The finished mask of a single pass, in the form that the text model's attention takes."""
         config = self.config.text_config
         rule = voco_mask_function(segment_ids, readable)
-        build = {"config": config, "inputs_embeds": embeds, "attention_mask": padding_mask, "past_key_values": None}
-        if sliding_window_of(config) is None:
-            return create_causal_mask(**build, and_mask_function=rule)
-        windowed = and_masks(rule, position_window_function(positions, sliding_window_of(config)))
-        sliding = create_causal_mask(**build, and_mask_function=windowed)
-        if "full_attention" not in layer_types_of(config):
-            return sliding
-        return {"sliding_attention": sliding, "full_attention": create_causal_mask(**build, and_mask_function=rule)}
+        full = create_causal_mask(config, embeds, padding_mask, past_key_values=None, and_mask_function=rule)
+        window = sliding_window(config)
+        if window is None:
+            return full
+        rule = and_masks(rule, position_window_function(positions, window))
+        sliding = create_causal_mask(config, embeds, padding_mask, past_key_values=None, and_mask_function=rule)
+        is_mixed = "full_attention" in layer_types(config)
+        return {"full_attention": full, "sliding_attention": sliding} if is_mixed else sliding
 
     def _forward_injected(
         self,
@@ -530,7 +541,7 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
         self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:  # type: ignore[override]
         """See [`VoCoLlamaModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
 
@@ -623,14 +634,18 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
         embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
         voco_mask = self.model.get_voco_mask(inputs_tensor if embeds is None else None, embeds)
         if pixel_values is None and voco_cache is None:
-            if model_kwargs.get("mm_encoder_outputs") is None and model_kwargs.get("past_key_values") is None:
-                if num_tokens := int(voco_mask.sum()):
-                    raise ValueError(f"the input has {num_tokens} <voco> tokens, but no pixel_values and no voco_cache")
+            is_new = model_kwargs.get("mm_encoder_outputs") is None and model_kwargs.get("past_key_values") is None
+            if is_new and voco_mask.any():
+                raise ValueError(
+                    f"the input has {int(voco_mask.sum())} <voco> tokens, but no pixel_values and no voco_cache"
+                )
             return model_kwargs
         if pixel_values is not None and voco_cache is not None:
             raise ValueError("pass the images either as pixel_values or as a voco_cache, not both")
         if voco_cache is not None and voco_mask[:, -1].any():
-            raise ValueError("a prompt that uses a voco_cache must have text behind its last image, its prompt has none")
+            raise ValueError(
+                "a prompt that uses a voco_cache must have text behind its last image, its prompt has none"
+            )
 
         num_images = len(pixel_values) if voco_cache is None else len(voco_cache)
         if voco_cache is not None and num_voco_tokens is None:
@@ -670,50 +685,6 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
         """Whether the images given are all of the conversation, not only those of its last turn."""
         counts = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
         return sum(per_image_counts(counts, num_images)) == num_tokens
-
-
-def key_value_shape(config: VoCoLlamaConfig) -> tuple[int, int, int]:
-    """Layers, key-value heads and head size of the text model."""
-    text_config = config.text_config
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return text_config.num_hidden_layers, text_config.num_key_value_heads, head_dim
-
-
-def layer_types_of(text_config) -> set[str]:
-    """Kinds of attention layers; a text model that does not tell them apart has one kind."""
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is None:
-        layer_types = ["full_attention" if text_config.to_dict().get("sliding_window") is None else "sliding_attention"]
-    return set(layer_types)
-
-
-def sliding_window_of(text_config) -> int | None:
-    """Window of the sliding attention layers, if there are any."""
-    return text_config.sliding_window if "sliding_attention" in layer_types_of(text_config) else None
-
-
-def check_text_config(config: VoCoLlamaConfig) -> None:
-    """
-    Raises:
-        ValueError: if the text model has no rotary embedding, or one that depends on the length of the sequence, or
-            layers without keys and values.
-    """
-    text_config = config.text_config
-    rope = getattr(text_config, "rope_parameters", None)
-    if rope is None:
-        raise ValueError(
-            f"VoCo-LLaMA needs a text model with rotary position embeddings to move compressed images, "
-            f"{text_config.model_type} has none"
-        )
-    if "rope_type" not in rope:
-        raise ValueError(f"VoCo-LLaMA needs one rotary embedding for all layers, {text_config.model_type} has several")
-    if rope["rope_type"] in LENGTH_DEPENDENT_ROPE:
-        raise ValueError(
-            f"rope_type={rope['rope_type']!r} changes with the length of the sequence, so compressed images could not "
-            "be reused: use a static one (default, linear, llama3, yarn)"
-        )
-    if unknown := layer_types_of(text_config) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"VoCo-LLaMA needs attention layers only, {text_config.model_type} has {sorted(unknown)}")
 
 
 def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:

@@ -28,8 +28,8 @@ class VoCoLlamaProcessorKwargs(ProcessingKwargs, total=False):
 
 class VoCoLlamaProcessor(ProcessorMixin):
     r"""
-    Combines an image processor and a tokenizer. Each `<image>` of a text (or each image part of a chat message) becomes
-    k `<voco>` tokens: that is all an image costs in `input_ids`.
+    Combines an image processor and a tokenizer. Each `<image>` of a text (or each image part of a chat message)
+    becomes k `<voco>` tokens: that is all an image costs in `input_ids`.
 
     A text that starts with an image gets no BOS token: the image brings its own.
 
@@ -122,18 +122,22 @@ class VoCoLlamaProcessor(ProcessorMixin):
             outputs = BatchFeature({**outputs, "num_voco_tokens": counts}, tensor_type=kwargs.get("return_tensors"))
         return outputs
 
-    def _expand_cached_images(self, images, text, voco_cache: VoCoCache, num_voco_tokens) -> tuple[list[str], list[int]]:
+    def _expand_cached_images(
+        self, images, text, voco_cache: VoCoCache, num_voco_tokens
+    ) -> tuple[list[str], list[int]]:
         if images is not None:
             raise ValueError("pass the images either as images or as a voco_cache, not both")
         counts = voco_cache.token_counts
         if num_voco_tokens is not None and per_image_counts(num_voco_tokens, len(voco_cache)) != counts:
-            raise ValueError(f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {counts} VoCo tokens")
+            raise ValueError(
+                f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {counts} VoCo tokens"
+            )
         num_images = sum(sample.count(self.image_token) for sample in text or [])
         if num_images != len(voco_cache):
             raise ValueError(
                 f"the text has {num_images} {self.image_token} tokens, but the voco_cache has {len(voco_cache)} images"
             )
-        return self.get_text_with_replacements(text, [self.voco_token * count for count in counts])[0], counts
+        return self.get_text_with_replacements(text or [], [self.voco_token * count for count in counts])[0], counts
 
     def _process_images(self, images, num_voco_tokens=None, **kwargs):
         num_images = len(make_flat_list_of_images(images))
@@ -190,6 +194,10 @@ class VoCoLlamaProcessor(ProcessorMixin):
             padding_side=text_kwargs.get("padding_side"),
         )
         return BatchFeature({**outputs, **padded}, tensor_type=text_kwargs.get("return_tensors"))
+
+    def to_dict(self) -> dict:
+        # AutoProcessor looks here first, and finds the code without a model next to it
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": f"processing_voco_llama.{type(self).__name__}"}}
 
     @property
     def model_input_names(self) -> list[str]:

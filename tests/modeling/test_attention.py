@@ -1,0 +1,278 @@
+"""The attention rule: one result whichever way it is computed, and the result that the paper's equations ask for."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling.helpers import tiny_config, tiny_model
+from modeling.reference import Image, row_logits, short_batch, stock_llava, uncompressed_row_logits
+from transformers import DynamicCache, LlamaConfig, MistralConfig
+
+from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaModel
+from voco_llama_hf.modeling.attention_voco_llama import resolve_num_voco_tokens
+
+
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+MODEL = tiny_model()
+LLAVA = stock_llava(MODEL)
+SIZE = MODEL.config.vision_config.image_size
+
+
+def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_images, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def layouts(draw, min_images: int = 1):
+    """Batches of 1 to 3 rows with 0 to 4 images a row, any k, and text before, between and after."""
+    text = st.lists(st.integers(14, 120), min_size=1, max_size=4)
+    image = st.integers(1, 5)
+    rows = draw(
+        st.lists(
+            st.lists(st.one_of(text, image), min_size=1, max_size=6).filter(
+                lambda parts: sum(isinstance(part, int) for part in parts) <= 4
+            ),
+            min_size=1,
+            max_size=3,
+        ).filter(lambda rows: sum(isinstance(part, int) for row in rows for part in row) >= min_images)
+    )
+    numbers = iter(range(100))
+    return [[Image(next(numbers), part) if isinstance(part, int) else part for part in row] for row in rows]
+
+
+def num_images(rows) -> int:
+    return sum(isinstance(part, Image) for row in rows for part in row)
+
+
+def logits_by_row(output, batch) -> list[torch.Tensor]:
+    return [row[mask.bool()] for row, mask in zip(output.logits, batch["attention_mask"])]
+
+
+random_layouts = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+@random_layouts
+@given(layouts(), st.sampled_from(["left", "right"]), st.booleans())
+def test_both_ways_equal_the_dense_reference(rows, padding_side, two_stages):
+    batch, images = short_batch(rows, MODEL.config, padding_side), pixels(num_images(rows))
+    with torch.no_grad():
+        output = MODEL(**batch, pixel_values=images, use_cache=two_stages)
+    assert (output.past_key_values is not None) == two_stages
+    for row, logits in zip(rows, logits_by_row(output, batch)):
+        torch.testing.assert_close(logits, row_logits(MODEL, LLAVA, row, images), **TOLERANCE)
+
+
+@random_layouts
+@given(layouts(), st.sampled_from(["left", "right"]))
+def test_causal_mode_equals_the_dense_reference(rows, padding_side):
+    batch, images = short_batch(rows, MODEL.config, padding_side), pixels(num_images(rows))
+    with torch.no_grad():
+        output = MODEL(**batch, pixel_values=images, attention_mode="causal")
+    for row, logits in zip(rows, logits_by_row(output, batch)):
+        torch.testing.assert_close(logits, row_logits(MODEL, LLAVA, row, images, causal=True), **TOLERANCE)
+
+
+@random_layouts
+@given(layouts(), st.sampled_from(["left", "right"]))
+def test_uncompressed_mode_equals_llava(rows, padding_side):
+    batch, images = short_batch(rows, MODEL.config, padding_side), pixels(num_images(rows))
+    with torch.no_grad():
+        output = MODEL(**batch, pixel_values=images, attention_mode="uncompressed")
+    for row, logits in zip(rows, logits_by_row(output, batch)):
+        for ours, theirs in zip(logits, uncompressed_row_logits(MODEL, LLAVA, row, images)):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(layouts(), st.sampled_from(["left", "right"]))
+def test_eager_attention_equals_sdpa(rows, padding_side):
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    batch, images = short_batch(rows, MODEL.config, padding_side), pixels(num_images(rows))
+    for use_cache in (False, True):
+        with torch.no_grad():
+            expected = MODEL(**batch, pixel_values=images, use_cache=use_cache)
+            output = eager(**batch, pixel_values=images, use_cache=use_cache)
+        for ours, theirs in zip(logits_by_row(output, batch), logits_by_row(expected, batch)):
+            torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_flex_attention_equals_sdpa(padding_side):
+    # Heads of 16, the smallest that flex_attention compiles for
+    flex, sdpa = tiny_model(), tiny_model()
+    flex.set_attn_implementation({"text_config": "flex_attention"})
+    rows = [[[20, 21], Image(0, 2), [22], Image(1, 1), [23, 24, 25]], [Image(2, 3), [26]], [[27, 28]]]
+    batch, images = short_batch(rows, sdpa.config, padding_side), pixels(3)
+    with torch.no_grad():
+        expected = sdpa(**batch, pixel_values=images, use_cache=False)
+        output = flex(**batch, pixel_values=images, use_cache=False)
+    for ours, theirs in zip(logits_by_row(output, batch), logits_by_row(expected, batch)):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_an_image_is_compressed_without_its_surroundings():
+    """The keys and values of an image do not depend on the prompt, the row or the other images."""
+    images = pixels(3)
+    alone = MODEL.compress(images[1:2], 2)
+    among = MODEL.compress(images, [4, 2, 1])[1]
+    torch.testing.assert_close(alone.keys, among.keys)
+    torch.testing.assert_close(alone.values, among.values)
+
+
+def test_text_cannot_read_what_the_voco_tokens_did_not_keep():
+    """With keys and values of the VoCo tokens fixed, nothing else of the image reaches the text."""
+    images = pixels(2)
+    cache = MODEL.compress(images, 1)
+    rows = [[[20, 21, 22], Image(0, 1), [23, 24]]]
+    batch = short_batch(rows, MODEL.config, "left")
+    with torch.no_grad():
+        first = MODEL(**batch, voco_cache=cache[0]).logits
+        # The same entry under the hood of another image: values and keys decide, not pixels
+        again = MODEL(**batch, pixel_values=images[:1]).logits
+        other = MODEL(**batch, voco_cache=cache[1]).logits
+    torch.testing.assert_close(first[:, 4:], again[:, 4:], **TOLERANCE)
+    assert (first[:, 4:] - other[:, 4:]).abs().max() > 1e-3
+    torch.testing.assert_close(first[:, :3], other[:, :3])
+
+
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients():
+    rows = [[[20, 21], Image(0, 2), [22, 23]], [Image(1, 1), [24]]]
+    batch, images = short_batch(rows, MODEL.config, "right"), pixels(2)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    gradients, losses = [], []
+    for checkpointing, use_cache in ((False, False), (True, True), (False, True)):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(**batch, pixel_values=images, labels=labels, use_cache=use_cache).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], **TOLERANCE)
+        torch.testing.assert_close(gradient, gradients[2][name], **TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [3, 6])
+def test_a_sliding_window_counts_compact_positions(window):
+    """Both ways agree under a sliding window, in which an image takes k places."""
+    model = tiny_model(text_class=MistralConfig, text={"sliding_window": window})
+    # Keys of a segment go V deep, which compression sees through the same window
+    rows = [[[20, 21, 22], Image(0, 2), [23, 24, 25, 26]], [Image(1, 1), [27, 28]]]
+    batch, images = short_batch(rows, model.config, "left"), pixels(2)
+    with torch.no_grad():
+        single = model(**batch, pixel_values=images, use_cache=False)
+        staged = model(**batch, pixel_values=images, past_key_values=DynamicCache(config=model.config.text_config))
+        unlimited = tiny_model(text_class=MistralConfig, text={"sliding_window": None})(
+            **batch, pixel_values=images, use_cache=False
+        )
+    for ours, theirs in zip(logits_by_row(single, batch), logits_by_row(staged, batch)):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    assert (single.logits - unlimited.logits).abs().max() > 1e-3
+
+
+def test_attention_implementations_without_custom_masks_compute_in_two_stages():
+    """Flash attention takes no mask of ours, and plain causal stages need none."""
+    model = tiny_model()
+    calls = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    rows = [[[20], Image(0, 2), [21]]]
+    batch = short_batch(rows, model.config, "left")
+    with torch.no_grad():
+        expected = model(**batch, pixel_values=pixels(1), use_cache=False)
+        assert len(calls) == 1 and calls[0]["attention_mask"].ndim == 4
+        calls.clear()
+        model.config.text_config._attn_implementation = "flash_attention_2"
+        try:
+            assert model.model._runs_in_two_stages("voco", False, None)
+        finally:
+            model.config.text_config._attn_implementation = "sdpa"
+        staged = model(**batch, pixel_values=pixels(1), use_cache=True)
+    # Neither stage is handed a mask of its own: what flash attention can compute
+    assert len(calls) == 2
+    assert calls[0].get("attention_mask") is None and calls[1]["attention_mask"].ndim == 2
+    torch.testing.assert_close(staged.logits, expected.logits, **TOLERANCE)
+
+
+def test_hidden_states_are_those_of_the_short_sequence():
+    rows = [[[20, 21], Image(0, 2), [22, 23]]]
+    batch = short_batch(rows, MODEL.config, "left")
+    with torch.no_grad():
+        output = MODEL(**batch, pixel_values=pixels(1), use_cache=False, output_hidden_states=True)
+        staged = MODEL(**batch, pixel_values=pixels(1), use_cache=True, output_hidden_states=True)
+    assert len(output.hidden_states) == MODEL.config.text_config.num_hidden_layers + 1
+    text = [0, 1, 4, 5]
+    for single, two in zip(output.hidden_states, staged.hidden_states):
+        assert single.shape == two.shape == (1, 6, MODEL.config.text_config.hidden_size)
+        torch.testing.assert_close(single[:, text], two[:, text], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("counts", "images", "tokens", "message"),
+    [
+        (None, 2, 3, "3 <voco> tokens for 2 images"),
+        (None, 1, 0, "0 <voco> tokens for 1 images"),
+        (2, 2, 3, "need 4 <voco> tokens, but the input has 3"),
+        ([1, 2], 3, 3, "2 numbers, but there are 3 images"),
+        ([0, 3], 2, 3, "at least 1"),
+    ],
+)
+def test_counts_that_do_not_fit_are_named(counts, images, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_num_voco_tokens(counts, images, tokens)
+
+
+def test_voco_tokens_torn_apart_are_an_error():
+    with pytest.raises(ValueError, match="image 0 is torn apart"):
+        MODEL(input_ids=torch.tensor([[127, 20, 127]]), pixel_values=pixels(1), num_voco_tokens=2)
+
+
+def test_modes_other_than_voco_take_no_cache():
+    cache = MODEL.compress(pixels(1), 1)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration"):
+        MODEL(input_ids=torch.tensor([[127, 20]]), voco_cache=cache, attention_mode="causal")
+    with pytest.raises(ValueError, match="attention_mode must be one of"):
+        MODEL(input_ids=torch.tensor([[127, 20]]), pixel_values=pixels(1), attention_mode="bidirectional")
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "changes with the length"),
+        ({"full_attention": {"rope_type": "default", "rope_theta": 1e4}}, "one rotary embedding for all layers"),
+    ],
+)
+def test_positions_that_cannot_be_moved_are_refused(rope, message):
+    config = tiny_config()
+    config.text_config.rope_parameters = rope
+    with pytest.raises(ValueError, match=message):
+        VoCoLlamaModel(config)
+
+
+def test_learned_positions_are_refused():
+    with pytest.raises(ValueError, match="rotary position embeddings"):
+        VoCoLlamaModel(VoCoLlamaConfig(text_config={"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}))
+
+
+def test_positions_do_not_grow_with_the_vision_tokens():
+    """Thousands of frames fit in a context window of VoCo tokens alone."""
+    config = tiny_config()
+    assert isinstance(config.text_config, LlamaConfig)
+    seen = []
+    model = tiny_model()
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    rows = [[Image(n, 1) for n in range(20)] + [[20, 21]]]
+    batch = short_batch(rows, config, "left")
+    with torch.no_grad():
+        model(**batch, pixel_values=pixels(20), use_cache=False)
+    assert seen[0].max() == 21
+    assert np.all(seen[0].min().item() < 0)
