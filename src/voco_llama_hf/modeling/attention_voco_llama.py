@@ -28,7 +28,7 @@ def voco_mask_function(segment_ids: torch.Tensor, readable: torch.Tensor) -> Cal
             True for what text may attend to: text and VoCo tokens.
     """
 
-    def inner_mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> bool:
+    def inner_mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.Tensor:
         q_segment = segment_ids[batch_idx, q_idx]
         own = q_segment == segment_ids[batch_idx, kv_idx]
         return own | ((q_segment == 0) & readable[batch_idx, kv_idx])
@@ -39,7 +39,7 @@ def voco_mask_function(segment_ids: torch.Tensor, readable: torch.Tensor) -> Cal
 def position_window_function(position_ids: torch.Tensor, sliding_window: int) -> Callable:
     """A sliding window over compact positions, in which a hidden image takes no room."""
 
-    def inner_mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> bool:
+    def inner_mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.Tensor:
         return position_ids[batch_idx, q_idx] - position_ids[batch_idx, kv_idx] < sliding_window
 
     return inner_mask

@@ -83,7 +83,7 @@ class VoCoCache:
         # A run of neighbours stays a view; anything else gathers its tokens
         if images and images == list(range(images[0], images[0] + len(images))):
             start = sum(self.token_counts[: images[0]])
-            tokens = slice(start, start + sum(counts))
+            tokens: slice | torch.Tensor = slice(start, start + sum(counts))
         else:
             spans = torch.arange(self.keys.shape[0]).split(self.token_counts)
             tokens = torch.cat([spans[i] for i in images] or [torch.empty(0, dtype=torch.long)]).to(self.device)

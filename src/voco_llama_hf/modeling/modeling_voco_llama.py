@@ -115,7 +115,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     """
 
     def __init__(self, config: VoCoLlamaConfig):
-        check_text_config(config.text_config)
+        text_config: Any = config.text_config
+        check_text_config(text_config)
         super().__init__(config)
         self._fingerprint: tuple[tuple, dict[str, str]] | None = None
 
@@ -133,7 +134,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
     def get_image_features(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixel_values: Any = None,
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
         voco_cache: VoCoCache | None = None,
         return_dict: bool = True,
@@ -157,22 +158,29 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         Raises:
             ValueError: if `voco_cache` was made by another model or has other numbers of VoCo tokens.
         """
+        if (voco_cache is None) == (pixel_values is None):
+            raise ValueError("pass the images either as pixel_values or as a voco_cache")
         if voco_cache is not None:
-            if pixel_values is not None:
-                raise ValueError("pass the images either as pixel_values or as a voco_cache, not both")
             check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
             counts = voco_cache.token_counts
             if num_voco_tokens is not None and per_image_counts(num_voco_tokens, len(voco_cache)) != counts:
                 raise ValueError(f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {counts}")
             states = [voco_cache.keys, voco_cache.values]
         else:
-            counts = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
-            counts = per_image_counts(counts, len(pixel_values))
+            counts = self._per_image_counts(num_voco_tokens, pixel_values)
             states = self._compress(pixel_values, counts)
         offsets = torch.cat([torch.arange(count) for count in counts]).to(states[0].device)
         at_zero = self.rotate_keys(states[0], -offsets)
         rows = torch.cat([tensor.flatten(1) for tensor in (at_zero, *states[1:])], dim=-1)
-        return BaseModelOutputWithPooling(pooler_output=list(rows.split(counts)))
+        images: Any = list(rows.split(counts))
+        return BaseModelOutputWithPooling(pooler_output=images)
+
+    def _per_image_counts(
+        self, num_voco_tokens: int | list[int] | torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> list[int]:
+        return per_image_counts(
+            self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens, len(pixel_values)
+        )
 
     def _compress(
         self,
@@ -197,8 +205,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         vision = self.get_vision_features(pixel_values)
         num_kept = max(counts)
         before = self._embed_ids(self.config.vision_prefix_token_ids).expand(len(vision), -1, -1)
-        behind = [*self.config.vision_suffix_token_ids, *[self.config.voco_token_id] * num_kept]
-        behind = self._embed_ids(behind).expand(len(vision), -1, -1)
+        behind_ids = [*self.config.vision_suffix_token_ids, *[self.config.voco_token_id] * num_kept]
+        behind = self._embed_ids(behind_ids).expand(len(vision), -1, -1)
         segments = torch.cat([before, vision.to(before), behind], dim=1)
         positions = torch.arange(num_kept - segments.shape[1], num_kept, device=segments.device)
         kept = CompressionCache(num_kept)
@@ -217,7 +225,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
     def _embed_ids(self, token_ids: list[int]) -> torch.Tensor:
         """Embeddings `(len(token_ids), hidden_size)`."""
-        embedding = self.get_input_embeddings()
+        embedding: Any = self.get_input_embeddings()
         return embedding(torch.tensor(token_ids, dtype=torch.long, device=embedding.weight.device))
 
     @torch.no_grad()
@@ -246,8 +254,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         """
         if len(pixel_values) == 0:
             raise ValueError("compress needs at least one image")
-        counts = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
-        counts = per_image_counts(counts, len(pixel_values))
+        counts = self._per_image_counts(num_voco_tokens, pixel_values)
         keys, values, _ = self._compress(pixel_values, counts, batch_size, show_progress)
         return VoCoCache(keys, values, counts, self.fingerprint())
 
@@ -302,11 +309,12 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             **self._fingerprint[1],
         }
 
-    def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """`(batch_size, sequence_length)` mask of the `<voco>` tokens of a sequence given as ids or as embeddings."""
         if input_ids is not None:
             return input_ids == self.config.voco_token_id
-        return (inputs_embeds == self._embed_ids([self.config.voco_token_id])[0].to(inputs_embeds)).all(-1)
+        voco_embed = self._embed_ids([self.config.voco_token_id])[0]
+        return torch.eq(inputs_embeds, voco_embed.to(inputs_embeds)).all(-1)
 
     @can_return_tuple
     def forward(
@@ -376,17 +384,16 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
         voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
         if features is None:
-            num_images = len(pixel_values) if voco_cache is None else len(voco_cache)
+            images: Any = pixel_values if voco_cache is None else voco_cache
             if voco_cache is not None and num_voco_tokens is None:
                 num_voco_tokens = voco_cache.token_counts
-            counts = resolve_num_voco_tokens(num_voco_tokens, num_images, int(voco_mask.sum()))
+            counts = resolve_num_voco_tokens(num_voco_tokens, len(images), int(voco_mask.sum()))
             runs = VoCoRuns.find(voco_mask, counts)
-            if voco_cache is None and not self._runs_in_two_stages(mode, use_cache, past_key_values):
+            if pixel_values is not None and not self._runs_in_two_stages(mode, use_cache, past_key_values):
                 return self._forward_expanded(inputs_embeds, pixel_values, runs, mode, **language_inputs)
             features = self.get_image_features(pixel_values, counts, voco_cache)
-        return self._forward_injected(
-            inputs_embeds, features.pooler_output, voco_mask, past_key_values, use_cache, **language_inputs
-        )
+        rows: Any = features.pooler_output
+        return self._forward_injected(inputs_embeds, rows, voco_mask, past_key_values, use_cache, **language_inputs)
 
     def _runs_in_two_stages(self, mode: str, use_cache: bool, past_key_values: Cache | None) -> bool:
         if mode != "voco":
@@ -409,7 +416,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         runs: VoCoRuns,
         mode: str,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """Single pass: every image gets its vision tokens, and what was computed is gathered back."""
@@ -442,8 +449,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         hidden_states = outputs.hidden_states
         if hidden_states is not None:
             hidden_states = tuple(states.gather(1, by_token) for states in hidden_states)
+        last_hidden_state: Any = outputs.last_hidden_state
         return LlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state.gather(1, by_token),
+            last_hidden_state=last_hidden_state.gather(1, by_token),
             hidden_states=hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=vision,
@@ -477,7 +485,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         past_key_values: Cache | None,
         use_cache: bool,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """Second stage: the short sequence under plain causal attention, with the compressed images in place."""
@@ -537,8 +545,9 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
     def __init__(self, config: VoCoLlamaConfig):
         # Not LlavaForConditionalGeneration's own: it would build a LlavaModel first
         super(LlavaForConditionalGeneration, self).__init__(config)
+        text_config = self.config.text_config
         self.model = VoCoLlamaModel(config)
-        self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = torch.nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:  # type: ignore[override]

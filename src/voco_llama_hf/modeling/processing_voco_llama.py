@@ -1,6 +1,7 @@
 """Processor of VoCo-LLaMA: images and text to the short sequence."""
 
 import re
+from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
@@ -23,7 +24,7 @@ class VoCoLlamaImagesKwargs(ImagesKwargs, total=False):
 
 
 class VoCoLlamaProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: VoCoLlamaImagesKwargs
+    images_kwargs: VoCoLlamaImagesKwargs  # type: ignore[misc]
 
 
 class VoCoLlamaProcessor(ProcessorMixin):
@@ -57,7 +58,7 @@ class VoCoLlamaProcessor(ProcessorMixin):
     >>> inputs = processor(text="<image>\nWhat is this?", voco_cache=cache, return_tensors="pt")
     ```"""
 
-    valid_processor_kwargs = VoCoLlamaProcessorKwargs
+    valid_processor_kwargs = VoCoLlamaProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -140,7 +141,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
         return self.get_text_with_replacements(text or [], [self.voco_token * count for count in counts])[0], counts
 
     def _process_images(self, images, num_voco_tokens=None, **kwargs):
-        num_images = len(make_flat_list_of_images(images))
+        flat_images: Any = make_flat_list_of_images(images)
+        num_images = len(flat_images)
         counts = per_image_counts(self.num_voco_tokens if num_voco_tokens is None else num_voco_tokens, num_images)
         if any(count > MAX_VOCO_TOKENS for count in counts):
             raise ValueError(f"num_voco_tokens must be at most {MAX_VOCO_TOKENS}, got {max(counts)}")
