@@ -1,9 +1,16 @@
 """Tiny models and batches that the tests share: `from modeling.helpers import tiny_model`."""
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
-from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
+from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
 
 PAD, BOS, NEWLINE, VOCO = 0, 1, 13, 127
@@ -138,3 +145,38 @@ def single_rows(inputs: dict) -> list[dict]:
             row["num_voco_tokens"] = inputs["num_voco_tokens"][first:image]
         rows.append(row)
     return rows
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: "
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}{% endgeneration %}"
+    "{% elif message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def build_processor() -> VoCoLlamaProcessor:
+    """A processor whose tokenizer knows bytes, adds a BOS token and has an id below `VOCAB_SIZE` for every token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    letters = sorted(set(map(chr, range(33, 127))) | {"Ċ", "Ġ"})
+    specials = ["<pad>", "<s>", "</s>", "<voco>"]
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=specials, initial_alphabet=letters)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<voco>"],
+        padding_side="left",
+    )
+    size = {"height": VISION["image_size"], "width": VISION["image_size"]}
+    return VoCoLlamaProcessor(
+        CLIPImageProcessorPil(size=size, do_center_crop=False), fast, chat_template=CHAT_TEMPLATE
+    )

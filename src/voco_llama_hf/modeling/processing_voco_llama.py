@@ -109,7 +109,9 @@ class VoCoLlamaProcessor(ProcessorMixin):
         if isinstance(text, str):
             text = [text]
         if text is not None:
-            if any(self.voco_token in sample for sample in text if isinstance(sample, str)):
+            if not all(isinstance(sample, str) for sample in text):
+                raise ValueError("`text` must be a string or list of strings.")
+            if any(self.voco_token in sample for sample in text):
                 raise ValueError(f"write {self.image_token} where an image stands: {self.voco_token} is put in for it")
             text = [self._drop_bos(sample) for sample in text]
         # Not among kwargs, which are copied deeply
