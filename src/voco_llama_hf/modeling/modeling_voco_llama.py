@@ -202,7 +202,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
     def _compress_batch(self, pixel_values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """One causal pass over a batch of segments."""
-        vision = self.get_vision_features(pixel_values)
+        vision = self.get_vision_features(pixel_values.to(self.vision_tower.device))
         num_kept = max(counts)
         before = self._embed_ids(self.config.vision_prefix_token_ids).expand(len(vision), -1, -1)
         behind_ids = [*self.config.vision_suffix_token_ids, *[self.config.voco_token_id] * num_kept]

@@ -38,16 +38,15 @@ POSITIONS = tuple(
     for column in ("left", "middle", "right")
 )
 DIFFICULTIES = {"sparse": (1, 4), "dense": (5, 9)}  # number of objects, both ends included
-FAMILIES = ("colour", "shape", "digit", "where", "count", "existence", "comparison")
 SPLITS = ("train", "validation", "test")
+DESCRIBE = "Describe the scene."
 
 # The outlines of the polygons in a unit square, y down.
 OUTLINES = {
     "square": ((0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)),
     "triangle": ((0.5, 0.02), (1.0, 0.96), (0.0, 0.96)),
     "cross": tuple(
-        (x, y)
-        for x, y in zip(
+        zip(
             (0.33, 0.67, 0.67, 1.0, 1.0, 0.67, 0.67, 0.33, 0.33, 0.0, 0.0, 0.33),
             (0.0, 0.0, 0.33, 0.33, 0.67, 0.67, 1.0, 1.0, 0.67, 0.67, 0.33, 0.33),
             strict=True,
@@ -156,7 +155,9 @@ def render(rng: np.random.Generator, objects: list[SceneObject], split: str) -> 
     background = tuple(rng.integers(0, 50, size=3).tolist())
     canvas = PILImage.new("RGB", (CANVAS * SUPERSAMPLING,) * 2, background)
     draw = ImageDraw.Draw(canvas)
-    fills = [tuple((np.array(COLOURS[o.colour]) + rng.integers(-12, 13, size=3)).clip(0, 255).tolist()) for o in objects]
+    noise = rng.integers(-12, 13, size=(len(objects), 3))
+    colours = np.array([COLOURS[o.colour] for o in objects])
+    fills = list(map(tuple, (colours + noise).clip(0, 255).tolist()))
     for obj, fill in zip(objects, fills, strict=True):
         side = obj.pixels * SUPERSAMPLING
         left, top = obj.left * SUPERSAMPLING, obj.top * SUPERSAMPLING
@@ -254,26 +255,19 @@ def comparison_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]
                 yield f"Is the {a.phrase} larger than the {b.phrase}?", "yes" if a.size == "large" else "no"
 
 
-QUESTIONS = dict(
-    zip(
-        FAMILIES,
-        (
-            colour_questions,
-            shape_questions,
-            digit_questions,
-            where_questions,
-            count_questions,
-            existence_questions,
-            comparison_questions,
-        ),
-        strict=True,
-    )
-)
+QUESTIONS = {
+    "colour": colour_questions,
+    "shape": shape_questions,
+    "digit": digit_questions,
+    "where": where_questions,
+    "count": count_questions,
+    "existence": existence_questions,
+    "comparison": comparison_questions,
+}
+FAMILIES = tuple(QUESTIONS)
 
 
-def sample_questions(
-    rng: np.random.Generator, objects: list[SceneObject], number: int
-) -> list[tuple[str, str, str]]:
+def sample_questions(rng: np.random.Generator, objects: list[SceneObject], number: int) -> list[tuple[str, str, str]]:
     """
     Draws `number` different questions as (family, question, answer).
 
@@ -300,6 +294,11 @@ def sample_questions(
     return drawn
 
 
+def describe(objects: list[SceneObject]) -> str:
+    """All objects of a scene in one sentence, rows first."""
+    return ", ".join(f"{o.size} {o.phrase} {o.position}" for o in objects)
+
+
 def make_scene(
     split: str, index: int, seed: int = 0, dense_share: float = 0.5, questions_per_scene: int = 7
 ) -> dict[str, object]:
@@ -308,9 +307,11 @@ def make_scene(
     difficulty = "dense" if rng.random() < dense_share else "sparse"
     objects = sample_objects(rng, difficulty)
     families, questions, answers = zip(*sample_questions(rng, objects, questions_per_scene), strict=True)
+    # Last, where it gives no answer away: every object is worth many questions
+    pairs = [*zip(questions, answers, strict=True), (DESCRIBE, describe(objects))]
     turns = [
         {"role": role, "content": text}
-        for pair in zip(questions, answers, strict=True)
+        for pair in pairs
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     return {
@@ -347,14 +348,14 @@ def make_scenes(
         dense_share (`float`, *optional*, defaults to 0.5):
             Share of scenes with 5 to 9 objects; the others have 1 to 4.
         questions_per_scene (`int`, *optional*, defaults to 7):
-            Number of questions about each image, all in one conversation.
+            Number of questions about each image, all in one conversation, which a description of the scene ends.
         num_proc (`int`, *optional*):
             Number of processes.
 
     Returns:
-        [`~datasets.Dataset`]: columns `image` (64x64 RGB), `messages` (one conversation of `questions_per_scene` user
-        and assistant turns, in the format TRL takes), `difficulty`, `families`, `questions`, `answers` (one entry a
-        question) and `objects` (what is in the picture).
+        [`~datasets.Dataset`]: columns `image` (64x64 RGB), `messages` (one conversation in the format TRL takes:
+        `questions_per_scene` questions and answers, and last a description of the scene), `difficulty`, `families`,
+        `questions`, `answers` (one entry a question) and `objects` (what is in the picture).
     """
     options = {"seed": seed, "dense_share": dense_share, "questions_per_scene": questions_per_scene}
     return Dataset.from_dict({"index": range(num_scenes)}).map(

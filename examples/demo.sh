@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# What `make demo` shows: one picture, compressed, asked about, stored, and asked about again without the picture.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/${VENV:-.venv}/bin:$PATH"
+stored=$(mktemp -d)
+trap 'rm -rf "$stored"' EXIT
+
+run() {
+    printf '\n$ voco-llama'
+    printf ' %q' "$@" | sed "s/\\\\ / /g; s/\\\\?/?/g"
+    printf '\n'
+    voco-llama "$@"
+}
+
+echo "The picture is examples/scene.png. The model that ships with the package reads it through 1 VoCo token, not 64"
+echo "vision tokens:"
+run ask examples/scene.png "Describe the scene." --num-voco-tokens 1 --stats
+run compress examples/scene.png --num-voco-tokens 2 --output "$stored/scene.safetensors"
+echo
+echo "From here on nobody needs the picture:"
+run ask --cache "$stored/scene.safetensors" "How many objects are there?"

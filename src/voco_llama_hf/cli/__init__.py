@@ -1,0 +1,38 @@
+"""The `voco-llama` command. Nothing here imports torch or transformers: a command does when it runs."""
+
+from typing import Annotated
+
+import typer
+
+from .ask import ask
+from .compress import compress
+from .convert import convert
+from .errors import OneLineErrors
+from .evaluate import Evaluate, evaluate
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Compress an image into one or a few VoCo tokens, then ask about it many times.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"voco-llama {version_of('voco-llama-hf')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command()(ask)
+app.command()(compress)
+app.command()(convert)
+app.command(cls=Evaluate)(evaluate)

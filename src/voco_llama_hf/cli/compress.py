@@ -1,0 +1,73 @@
+"""`voco-llama compress`: images into one file of VoCo caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..images import check_image, open_image
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    ModelOption,
+    NumVoCoTokensOption,
+    check_output,
+    human_bytes,
+)
+
+
+HANDFUL = 8  # images that need no progress bar
+
+
+def compress(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Images, stored in this order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
+    model: ModelOption = None,
+    num_voco_tokens: NumVoCoTokensOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are compressed at a time.")] = 16,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Compress images into a file, to ask about them later without the images.
+
+    voco-llama compress cat.png dog.png --output pets.safetensors
+    """
+    check_output(output, force, inputs=images)
+    for image in images:
+        check_image(image)
+    from .loading import count_vision_tokens, find_model, load_model
+
+    name = find_model(model)
+    network, processor = load_model(name, device, dtype)
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from ..modeling import VoCoCache
+
+    count = num_voco_tokens or processor.num_voco_tokens
+    caches = []
+    console = Console(stderr=True)
+    starts = range(0, len(images), batch_size)
+    quiet = len(images) <= HANDFUL or not console.is_terminal
+    for start in track(starts, "Compressing", console=console, transient=True, disable=quiet):
+        pictures = [open_image(image) for image in images[start : start + batch_size]]
+        inputs = processor(images=pictures, num_voco_tokens=count, return_tensors="pt")
+        caches.append(network.compress(**inputs, batch_size=batch_size))
+    cache = VoCoCache.cat(caches)
+    cache.save(output)
+
+    full_bytes = cache.nbytes // count * count_vision_tokens(network.config)
+    typer.echo(f"{output}: {plural(len(cache), 'image')}, {plural(count, 'VoCo token')} each")
+    typer.echo(
+        f"key-value cache: {human_bytes(full_bytes)} -> {human_bytes(cache.nbytes)}, "
+        f"{full_bytes / cache.nbytes:.0f}x smaller"
+    )
+
+
+def plural(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"

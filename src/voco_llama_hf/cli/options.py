@@ -1,0 +1,81 @@
+"""Options that several commands share, and checks of what is given for them."""
+
+import os
+import re
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageProblem
+
+
+class Dtype(str, Enum):
+    """Data types a model can run in or be stored in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Model folder or Hub id. By default the small model that the package ships."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ... By default the accelerator if there is one.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Data type to run in. By default that of the checkpoint.")]
+NumVoCoTokensOption = Annotated[
+    int | None,
+    typer.Option("--num-voco-tokens", "-k", min=1, help="VoCo tokens an image. By default the model's own number."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Integers separated by commas or spaces; an empty text is an empty list."""
+    try:
+        return [int(number) for number in re.split(r"[,\s]+", text.strip()) if number]
+    except ValueError:
+        raise UsageProblem(f"{option} takes numbers like 1,2,4, got {text!r}") from None
+
+
+def join_numbers(args: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Turns `--option 1 2 4` into `--option 1,2,4`, which click can parse."""
+    joined: list[str] = []
+    for arg in args:
+        if arg.isdecimal() and len(joined) > 1 and joined[-2] in options:
+            joined[-1] = f"{joined[-1]},{arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
+def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
+    """
+    Raises:
+        UsageProblem: if `path` cannot be written to, exists without `force`, or is one of the `inputs`.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageProblem(f"{folder} is not a folder: {path.name} cannot be written there")
+    if path.is_dir():
+        raise UsageProblem(f"{path} is a folder: name the file to write")
+    if any(os.path.exists(name) and path.exists() and os.path.samefile(name, path) for name in inputs):
+        raise UsageProblem(f"{path} is one of the inputs: give another name for the output")
+    if path.exists() and not force:
+        raise UsageProblem(f"{path} exists: give another name, or --force to replace it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageProblem(f"{path} cannot be written: permission denied")
+
+
+def human_bytes(number: float) -> str:
+    """1500 -> `1.5 kB`, in the decimal units the paper uses."""
+    for unit in ("B", "kB", "MB"):
+        if number < 999.95:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

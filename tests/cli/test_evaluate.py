@@ -1,0 +1,57 @@
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from voco_llama_hf.cli.options import join_numbers
+
+
+@pytest.fixture
+def evaluate(invoke, checkpoint):
+    return lambda *args, **kwargs: invoke("evaluate", "--model", checkpoint, *args, **kwargs)
+
+
+def test_evaluate(evaluate, tmp_path):
+    output, plot = tmp_path / "results.json", tmp_path / "results.png"
+    result = evaluate("--limit", 3, "-k", "1", "2", "--batch-size", 8, "--output", output, "--plot", plot)
+    assert "k=1" in result.stdout and "k=2" in result.stdout and "k=4" not in result.stdout
+    assert result.stderr == ""
+    results = json.loads(output.read_text())
+    assert (results["split"], results["num_scenes"]) == ("test", 3)
+    assert set(results["accuracy"]) == {"k=1", "k=2", "uncompressed"}
+    assert Image.open(plot).width > 500
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-k", "0"], "takes numbers from 1 on"),
+        (["-k", ""], "takes numbers from 1 on"),
+        (["-k", "some"], "takes numbers like 1,2,4"),
+        (["-k", "1", "10000"], "at most 576, got 10000"),
+        (["--limit", "0"], "greater than or equal to 1"),
+        (["--split", "holdout"], "'holdout' is not one of"),
+        (["--output", "{folder}/missing/a.json"], "is not a folder"),
+        (["--plot", "{folder}/a.txt"], "can be drawn as .pdf, .png, .svg only"),
+        (["scenes"], "unexpected extra argument"),
+    ],
+)
+def test_errors(evaluate, tmp_path, args, message):
+    assert message in evaluate(*[arg.format(folder=tmp_path) for arg in args], exit_code=2).stderr
+
+
+def test_existing_output(evaluate, tmp_path):
+    (tmp_path / "results.json").write_text("old")
+    assert "--force to replace it" in evaluate("--output", tmp_path / "results.json", exit_code=2).stderr
+    assert (tmp_path / "results.json").read_text() == "old"
+
+
+def test_without_the_train_extra(evaluate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "pip install 'voco-llama-hf[train]'" in evaluate(exit_code=2).stderr
+
+
+def test_join_numbers():
+    assert join_numbers(["-k", "1", "2", "--limit", "3", "x"], ["-k"]) == ["-k", "1,2", "--limit", "3", "x"]
+    assert join_numbers(["1", "2"], ["-k"]) == ["1", "2"]

@@ -1,0 +1,55 @@
+"""The command as a user runs it, in processes of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+
+COMMAND = Path(sys.executable).with_name("voco-llama")
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def test_help_waits_for_nothing():
+    result = run(sys.executable, "-X", "importtime", COMMAND, "--help")
+    assert result.returncode == 0
+    for command in ("ask", "compress", "convert", "evaluate"):
+        assert f" {command} " in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "numpy", "datasets"}
+
+
+def test_version(invoke):
+    assert run(COMMAND, "--version").stdout == f"voco-llama {version('voco-llama-hf')}\n"
+    assert "ask" in invoke().stdout
+
+
+def test_compress_once_and_ask(invoke, checkpoint, images, tmp_path):
+    cache = tmp_path / "cache.safetensors"
+    result = run(COMMAND, "compress", *images, "--model", checkpoint, "-k", "2", "--output", cache)
+    assert (result.returncode, result.stderr) == (0, "")
+    question = ["What differs?", "--model", checkpoint, "--max-new-tokens", "6"]
+    result = run(COMMAND, "ask", "--cache", cache, *question)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == invoke("ask", *images, "-k", 2, *question).stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_ctrl_c(checkpoint, tmp_path):
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [COMMAND, "ask", "--model", checkpoint, pipe, "What?"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    # Opening the pipe waits until the command has opened it too, and now waits for the image
+    with pipe.open("wb"):
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == 130

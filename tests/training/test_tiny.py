@@ -1,0 +1,203 @@
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import disable_progress_bars
+
+from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf.training.scenes import COLOURS, POSITIONS, SHAPES, make_scenes
+from voco_llama_hf.training.tiny import (
+    MuonWithAdamW,
+    Phase,
+    Recipe,
+    VoCoDataCollator,
+    build_model,
+    build_processor,
+    grid_waves,
+    publish,
+    train,
+)
+
+
+disable_progress_bars()
+RECIPE = Recipe(
+    num_train_scenes=64,
+    num_validation_scenes=8,
+    num_test_scenes=8,
+    batch_size=4,
+    num_voco_tokens=(1, 2),
+    vision_layers=1,
+    text_layers=1,
+    phases=(
+        Phase("uncompressed", 2, 1e-3, "constant_with_warmup", uncompressed_share=1.0),
+        Phase("voco", 3, 1e-3, "cosine", uncompressed_share=0.5),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return make_scenes("train", 400, questions_per_scene=8)
+
+
+@pytest.fixture(scope="module")
+def processor(scenes):
+    return build_processor(scenes)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return build_model(processor, RECIPE).eval()
+
+
+def render(processor, messages, **kwargs):
+    return processor.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+@pytest.mark.parametrize("text", ["Where is the red star?", "grüß dich, 世界 🙂", "a\n\n b\t<c>", "Straße 12345"])
+def test_any_text_survives_the_tokenizer(processor, text):
+    ids = processor.tokenizer(text).input_ids
+    assert ids[0] == processor.tokenizer.bos_token_id
+    assert processor.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_words_of_the_scenes_are_single_tokens(processor):
+    tokenizer = processor.tokenizer
+    assert len(tokenizer) <= 512
+    words = [*COLOURS, *SHAPES, *" ".join(POSITIONS).split(), *map(str, range(10)), "digits", "objects", "larger"]
+    for word in words:
+        assert len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1, word
+    assert len(tokenizer("\n", add_special_tokens=False).input_ids) == 1
+
+
+def test_special_tokens_are_single_tokens(processor):
+    tokenizer = processor.tokenizer
+    for token in ("<pad>", "<s>", "</s>", "<image>", "<voco>"):
+        assert tokenizer(token, add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids(token)]
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<s>", "</s>")
+
+
+def test_template_renders_parts_and_plain_strings_alike(processor):
+    parts = [{"type": "image"}, {"type": "text", "text": "Where is the star?"}]
+    expected = "<image>\nWhere is the star?\n"
+    for content in (parts, "<image>\nWhere is the star?"):
+        messages = [{"role": "user", "content": content}]
+        assert render(processor, messages) == expected
+        assert render(processor, messages, add_generation_prompt=True) == expected
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "center"}]}]
+    conversation = [{"role": "user", "content": parts}, *answer, {"role": "user", "content": "And?"}]
+    assert render(processor, conversation) == expected + "center</s>And?\n"
+
+
+def test_template_starts_text_with_bos(processor):
+    assert render(processor, [{"role": "user", "content": "Hello"}]) == "<s>Hello\n"
+
+
+def test_answers_alone_are_trained(processor, scenes):
+    collator = VoCoDataCollator(processor, assistant_only_loss=True, num_voco_tokens=(1, 8))
+    rows = [scenes[i] for i in range(6)]
+    batch = collator([{"image": row["image"], "messages": row["messages"]} for row in rows])
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
+        trained = labels != -100
+        assert (ids[trained] == labels[trained]).all()
+        answers = processor.tokenizer.decode(labels[trained]).split("</s>")
+        assert answers == [*row["answers"], row["messages"][-1]["content"], ""]
+    assert batch["pixel_values"].shape == (6, 3, 64, 64)
+    assert batch["input_ids"].dtype == torch.long
+
+
+def test_batches_draw_their_number_of_tokens_and_their_mode(processor, scenes):
+    torch.manual_seed(0)
+    collator = VoCoDataCollator(
+        processor, assistant_only_loss=True, num_voco_tokens=(1, 2, 4), uncompressed_share=0.3, pad_to_multiple_of=8
+    )
+    rows = [{"image": scenes[i]["image"], "messages": scenes[i]["messages"]} for i in range(2)]
+    batches = [collator([dict(row) for row in rows]) for _ in range(60)]
+    voco_id = processor.tokenizer.convert_tokens_to_ids("<voco>")
+    for batch in batches:
+        (k,) = set(batch["num_voco_tokens"].tolist())
+        assert ((batch["input_ids"] == voco_id).sum(-1) == k).all()
+        assert batch["input_ids"].shape[1] % 8 == 0
+    assert {batch["num_voco_tokens"][0].item() for batch in batches} == {1, 2, 4}
+    modes = [batch["attention_mode"] for batch in batches]
+    assert 5 <= modes.count("uncompressed") <= 35 and set(modes) == {"voco", "uncompressed"}
+
+
+def test_images_of_any_size_are_resized(processor, scenes):
+    image = scenes[0]["image"].convert("L").resize((200, 90))
+    inputs = processor(images=image, text="<image>\nWhere is the star?\n", num_voco_tokens=2, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+    assert inputs["input_ids"][0, :2].tolist() == [processor.tokenizer.convert_tokens_to_ids("<voco>")] * 2
+
+
+def test_model_fits_the_processor(processor):
+    model = build_model(processor, Recipe())
+    assert 3e6 < model.num_parameters() < 6e6
+    assert model.config.voco_token_id == processor.tokenizer.convert_tokens_to_ids("<voco>")
+    assert model.config.vision_prefix_token_ids == [processor.tokenizer.bos_token_id]
+    assert processor.tokenizer.decode(model.config.vision_suffix_token_ids) == "\n"
+
+
+def test_same_seed_builds_the_same_model(processor, model):
+    other = build_model(processor, RECIPE)
+    assert all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+def test_grid_waves_tell_all_places_apart():
+    waves = grid_waves(8, 192)
+    assert waves.shape == (64, 192)
+    assert torch.cdist(waves, waves).fill_diagonal_(torch.inf).min() > 0.5
+    # Neighbours in a row differ in the columns' half alone
+    assert torch.equal(waves[0, :96], waves[1, :96]) and torch.equal(waves[0, 96:], waves[8, 96:])
+
+
+def test_optimizer_moves_every_parameter_once_and_resumes(processor):
+    model = build_model(processor, RECIPE)
+    optimizer = MuonWithAdamW(model, lr=1e-2, weight_decay=0.0)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(params) == len(set(map(id, params))) == len(list(model.parameters()))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    before = [p.clone() for p in params]
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(params, before))
+
+    twin = build_model(processor, RECIPE)
+    twin.load_state_dict(model.state_dict())
+    resumed = MuonWithAdamW(twin, lr=1e-2, weight_decay=0.0)
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    for group in (*optimizer.param_groups, *resumed.param_groups):
+        group["lr"] = 5e-3
+    assert {group["lr"] for part in resumed.parts for group in part.param_groups} == {5e-3}
+    for p, q in zip(model.parameters(), twin.parameters()):
+        q.grad = p.grad
+    optimizer.step()
+    resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+@pytest.mark.slow
+def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
+    work_dir, output_dir = tmp_path / "work", tmp_path / "checkpoint"
+    work_dir.mkdir()
+    first = replace(RECIPE, phases=RECIPE.phases[:1])
+    train(first, work_dir, compile=False)
+    trained = (work_dir / "uncompressed-final" / "model.safetensors").read_bytes()
+    train(RECIPE, work_dir, compile=False)
+    assert (work_dir / "uncompressed-final" / "model.safetensors").read_bytes() == trained
+    publish(work_dir, RECIPE, output_dir)
+
+    results = json.loads((output_dir / "results.json").read_text())
+    assert results["recipe"]["num_voco_tokens"] == [1, 2]
+    assert set(results["test"]["accuracy"]) == {"k=1", "k=2", "uncompressed"}
+    assert {"README.md", "results.png", "training.png", "model.safetensors"} <= {p.name for p in output_dir.iterdir()}
+    model = VoCoLlamaForConditionalGeneration.from_pretrained(output_dir)
+    processor = VoCoLlamaProcessor.from_pretrained(output_dir)
+    inputs = processor(
+        images=make_scenes("test", 1)[0]["image"], text="<image>\nWhere is the star?\n", return_tensors="pt"
+    )
+    assert model.dtype == torch.bfloat16
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
