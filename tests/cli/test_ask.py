@@ -38,9 +38,9 @@ def answer_in_python(checkpoint, images, text, k) -> str:
 
 
 def test_answers_as_python_does(ask, checkpoint, images):
-    text = "user: <image>What is this?\nassistant: "
+    text = "user: <image>What is this?assistant: "
     assert ask(images[0], "What is this?").stdout.strip() == answer_in_python(checkpoint, images[:1], text, 1)
-    text = "user: <image><image>What differs?\nassistant: "
+    text = "user: <image><image>What differs?assistant: "
     assert ask(*images[:2], "What differs?", "-k", 3).stdout.strip() == answer_in_python(
         checkpoint, images[:2], text, 3
     )

@@ -29,6 +29,7 @@ TEXT = {
     "pad_token_id": PAD,
     "bos_token_id": BOS,
     "eos_token_id": None,
+    "tie_word_embeddings": False,
 }
 VISION = {
     "hidden_size": 32,
