@@ -23,9 +23,9 @@ NUM_VISION = 5
 
 COLOURS = {"prefix": "#9aa5b1", "vision": "#f2a541", "suffix": "#c9d1d9", "voco": "#d1495b", "text": "#30638e"}
 NAMES = {
-    "prefix": "prefix: <s>",
-    "vision": "vision tokens (576 in LLaVA-1.5)",
-    "suffix": "suffix: \\n",
+    "prefix": "prefix (BOS)",
+    "vision": "vision (576 tokens in LLaVA-1.5)",
+    "suffix": "suffix (newline)",
     "voco": "VoCo tokens",
     "text": "text",
 }
@@ -63,7 +63,9 @@ def draw(path: Path) -> None:
 
     def cell(x: float, y: float, colour: str) -> None:
         axes.add_patch(
-            FancyBboxPatch((x + 0.1, y + 0.1), 0.8, 0.8, boxstyle="round,pad=0,rounding_size=0.16", fc=colour, ec="none")
+            FancyBboxPatch(
+                (x + 0.1, y + 0.1), 0.8, 0.8, boxstyle="round,pad=0,rounding_size=0.16", fc=colour, ec="none"
+            )
         )
 
     for query in range(size):
@@ -81,8 +83,11 @@ def draw(path: Path) -> None:
         axes.add_patch(Rectangle((start, start), width, width, fill=False, ec="#52606d", lw=1.2))
         axes.text(-1.9, start + width / 2, f"image {number}", ha="right", va="center", fontsize=9, color="#52606d")
         axes.text(start + width / 2, -1.9, f"image {number}", ha="center", va="bottom", fontsize=9, color="#52606d")
+        middle = start + width - COUNTS[0] / 2
+        axes.plot([middle - 0.9, middle + 0.9], [size + 0.35] * 2, color=COLOURS["voco"], lw=2, solid_capstyle="round")
+        axes.text(middle, size + 0.6, "kept", ha="center", va="top", fontsize=9, color=COLOURS["voco"])
 
-    axes.text(size / 2, -4.6, "keys: what is read", ha="center", va="bottom", fontsize=10, color="#323f4b")
+    axes.text(size / 2, -4.3, "keys: what is read", ha="center", va="bottom", fontsize=10, color="#323f4b")
     axes.text(-4.9, size / 2, "queries: who reads", ha="right", va="center", rotation=90, fontsize=10, color="#323f4b")
     handles = [Rectangle((0, 0), 1, 1, fc=COLOURS[kind]) for kind in NAMES] + [Rectangle((0, 0), 1, 1, fc=HIDDEN)]
     figure.legend(
@@ -95,7 +100,7 @@ def draw(path: Path) -> None:
         handlelength=1,
         handleheight=1,
     )
-    axes.set(xlim=(-5.6, size + 0.2), ylim=(size + 0.2, -5.4), aspect="equal")
+    axes.set(xlim=(-5.6, size + 0.2), ylim=(size + 1.8, -5.2), aspect="equal")
     axes.set_axis_off()
     figure.savefig(path, dpi=160)
 

@@ -56,8 +56,8 @@ def test_existing_output(compress, images, tmp_path):
         (["{image}", "--output", "{folder}"], "is a folder: name the file to write"),
         (["{image}", "--output", ""], "is a folder: name the file to write"),
         (["{image}", "--output", "{image}", "--force"], "is one of the inputs"),
-        (["{image}", "--output", "{folder}/cache", "-k", "0"], "greater than or equal to 1"),
-        (["{image}", "--output", "{folder}/cache", "--batch-size", "0"], "greater than or equal to 1"),
+        (["{image}", "--output", "{folder}/cache", "-k", "0"], "Invalid value for .--num-voco-tokens"),
+        (["{image}", "--output", "{folder}/cache", "--batch-size", "0"], "Invalid value for .--batch-size"),
         (["{image}", "--output", "{folder}/cache", "--device", "abacus"], "no device 'abacus' here"),
     ],
 )

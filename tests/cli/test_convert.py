@@ -41,7 +41,7 @@ def test_no_ids_at_all(invoke, tmp_path):
         ([], 2, "Missing argument 'SOURCE'"),
         (["{source}"], 2, "Missing argument 'TARGET'"),
         (["{source}", "{new}", "--vision-prefix-ids", "one"], 2, "takes numbers like 1,2,4"),
-        (["{source}", "{new}", "--num-voco-tokens", "0"], 2, "greater than or equal to 1"),
+        (["{source}", "{new}", "--num-voco-tokens", "0"], 2, "Invalid value for '--num-voco-tokens'"),
         (["{source}", "{new}", "--dtype", "int4"], 2, "'int4' is not one of"),
         (["{new}", "{new}"], 1, "does not exist"),
         (["{source}", "{full}"], 1, "already exists and is not empty"),

@@ -30,7 +30,7 @@ def test_evaluate(evaluate, tmp_path):
         (["-k", ""], "takes numbers from 1 on"),
         (["-k", "some"], "takes numbers like 1,2,4"),
         (["-k", "1", "10000"], "at most 576, got 10000"),
-        (["--limit", "0"], "greater than or equal to 1"),
+        (["--limit", "0"], "Invalid value for '--limit'"),
         (["--split", "holdout"], "'holdout' is not one of"),
         (["--output", "{folder}/missing/a.json"], "is not a folder"),
         (["--plot", "{folder}/a.txt"], "can be drawn as .pdf, .png, .svg only"),

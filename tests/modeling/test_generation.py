@@ -689,11 +689,22 @@ def scratch_of(turn: dict) -> dict:
     return {name: value for name, value in turn.items() if name != "past_key_values"}
 
 
-@pytest.mark.parametrize("images", ["no images", "new pixels", "new cache", "all pixels"])
-def test_second_turn_of_several_sequences_a_row(model, conversations, images):
+@pytest.mark.parametrize(
+    "as_ids, images",
+    [
+        ("ids", "no images"),
+        ("ids", "new pixels"),
+        ("ids", "new cache"),
+        ("ids", "all pixels"),
+        ("embeddings", "new pixels"),
+    ],
+)
+def test_second_turn_of_several_sequences_a_row(model, conversations, as_ids, images):
     """The cache of the first turn is repeated by the caller, as `generate` leaves caches as they are."""
     turn = conversations["text" if images == "no images" else "images"]
     inputs = turn.text("all ids") | turn.images(images)
+    if as_ids == "embeddings":
+        inputs = as_embeds(model, inputs)
     inputs["past_key_values"].batch_repeat_interleave(3)
     arguments = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     set_seed(5)

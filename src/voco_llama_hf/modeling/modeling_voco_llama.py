@@ -119,6 +119,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         check_text_config(text_config)
         super().__init__(config)
         self._fingerprint: tuple[tuple, dict[str, str]] | None = None
+        self._rotation_is_checked = False
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -160,6 +161,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         """
         if (voco_cache is None) == (pixel_values is None):
             raise ValueError("pass the images either as pixel_values or as a voco_cache")
+        self._check_rotation()
         if voco_cache is not None:
             check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
             counts = voco_cache.token_counts
@@ -254,6 +256,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         """
         if len(pixel_values) == 0:
             raise ValueError("compress needs at least one image")
+        self._check_rotation()
         counts = self._per_image_counts(num_voco_tokens, pixel_values)
         keys, values, _ = self._compress(pixel_values, counts, batch_size, show_progress)
         return VoCoCache(keys, values, counts, self.fingerprint())
@@ -286,6 +289,33 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
         rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
         return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
+
+    @torch.no_grad()
+    def _check_rotation(self) -> None:
+        """
+        Moves a key and compares, once: a lone token reads nothing but itself, so its position shows in keys only.
+
+        Raises:
+            ValueError: if the text model rotates in another way, or some of its layers do not rotate at all.
+        """
+        if self._rotation_is_checked or self.training or self.device.type == "meta" or torch.compiler.is_compiling():
+            return
+        token = self._embed_ids([self.config.voco_token_id])[None].expand(2, -1, -1)
+        kept, distance = CompressionCache(1), 7
+        positions = torch.tensor([[0], [distance]], device=token.device)
+        self.language_model(inputs_embeds=token, position_ids=positions, past_key_values=kept, use_cache=True)
+        for key in kept.keys:
+            here, there = key[:1, :, 0].float(), key[1:, :, 0].float()
+            try:
+                error = (self.rotate_keys(here, positions[1]) - there).norm() / there.norm()
+            except RuntimeError as reason:
+                error = reason
+            if isinstance(error, RuntimeError) or error > 0.05:
+                raise ValueError(
+                    f"the keys of {self.config.text_config.model_type} cannot be moved to other positions: VoCo-LLaMA "
+                    "needs a text model that rotates whole keys in every layer"
+                )
+        self._rotation_is_checked = True
 
     def fingerprint(self) -> dict[str, str]:
         """
@@ -497,6 +527,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         token_rows, token_columns = voco_mask.nonzero(as_tuple=True)
         # Later calls of one conversation may bring images along that its cache holds already
         injects = len(token_rows) > 0
+        if len(voco_mask) == 1 and len(token_rows) > len(rows):
+            # Assisted decoding of one sequence may propose `<voco>` tokens behind it, which are ordinary tokens
+            token_rows, token_columns = token_rows[: len(rows)], token_columns[: len(rows)]
         if injects and len(token_rows) != len(rows):
             raise ValueError(
                 f"the input has {len(token_rows)} <voco> tokens, but its images were compressed into {len(rows)}"
@@ -514,13 +547,15 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             use_cache=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states, all_hidden_states = outputs.last_hidden_state, outputs.hidden_states
         if injects and voco_hidden is not None:
             hidden_states = hidden_states.index_put((token_rows, token_columns), voco_hidden.to(hidden_states))
+            if all_hidden_states is not None:
+                all_hidden_states = (*all_hidden_states[:-1], hidden_states)
         return LlavaModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
-            hidden_states=outputs.hidden_states,
+            hidden_states=all_hidden_states,
             attentions=outputs.attentions,
         )
 
@@ -631,69 +666,113 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
         self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str | None, generation_config
     ) -> dict:
         """Compresses the images of a `generate` call once, before they are expanded to beams or cut into chunks."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        voco_cache = model_kwargs.pop("voco_cache", None)
-        num_voco_tokens = model_kwargs.pop("num_voco_tokens", None)
-        mode = model_kwargs.pop("attention_mode", None) or self.config.attention_mode
+        mode = model_kwargs.get("attention_mode") or self.config.attention_mode
         if mode != "voco":
             raise ValueError(
                 f'generate works in attention_mode="voco", got "{mode}"; to generate uncompressed, load these weights '
                 "into LlavaForConditionalGeneration"
             )
+        pixel_values, voco_cache, num_voco_tokens = (
+            model_kwargs.pop(name, None) for name in ("pixel_values", "voco_cache", "num_voco_tokens")
+        )
         embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
         voco_mask = self.model.get_voco_mask(inputs_tensor if embeds is None else None, embeds)
+        seen = self._num_seen_tokens(inputs_tensor, model_kwargs, generation_config)
         if pixel_values is None and voco_cache is None:
-            is_new = model_kwargs.get("mm_encoder_outputs") is None and model_kwargs.get("past_key_values") is None
-            if is_new and voco_mask.any():
-                raise ValueError(
-                    f"the input has {int(voco_mask.sum())} <voco> tokens, but no pixel_values and no voco_cache"
-                )
+            num_new = int(voco_mask[:, seen:].sum())
+            if num_new > 0 and model_kwargs.get("mm_encoder_outputs") is None:
+                raise ValueError(f"the input has {num_new} <voco> tokens, but no pixel_values and no voco_cache")
             return model_kwargs
         if pixel_values is not None and voco_cache is not None:
             raise ValueError("pass the images either as pixel_values or as a voco_cache, not both")
         if voco_cache is not None and voco_mask[:, -1].any():
-            raise ValueError(
-                "a prompt that uses a voco_cache must have text behind its last image, its prompt has none"
-            )
+            raise ValueError("a prompt that uses a voco_cache must end with text, but its last token is <voco>")
 
-        num_images = len(pixel_values) if voco_cache is None else len(voco_cache)
+        given = pixel_values if voco_cache is None else voco_cache
         if voco_cache is not None and num_voco_tokens is None:
             num_voco_tokens = voco_cache.token_counts
-        seen = self._num_seen_tokens(inputs_tensor, model_kwargs)
-        num_tokens, num_new = int(voco_mask.sum()), int(voco_mask[:, seen:].sum())
-        images: list[int] | slice = slice(None)
-        if num_tokens != num_new and self._brings_all_images(num_voco_tokens, num_images, num_tokens):
-            # A later turn that repeats the whole conversation: its earlier images are in past_key_values
-            counts = resolve_num_voco_tokens(num_voco_tokens, num_images, num_tokens)
-            images = (VoCoRuns.find(voco_mask, counts).starts >= seen).nonzero().flatten().tolist()
-            counts = [counts[i] for i in images]
-        else:
-            counts = resolve_num_voco_tokens(num_voco_tokens, num_images, num_new)
-            VoCoRuns.find(voco_mask[:, seen:], counts)
-        if num_new > 0:
-            features = self.model.get_image_features(
-                None if pixel_values is None else pixel_values[images].to(self.device),
-                counts,
-                None if voco_cache is None else voco_cache[images],
-            )
-            model_kwargs["mm_encoder_outputs"] = {"image": features}
+        images, counts = find_new_images(voco_mask, seen, num_voco_tokens, len(given))
+        if images:
+            new = given[images]
+            model_kwargs["mm_encoder_outputs"] = {
+                "image": self.model.get_image_features(new.to(self.device), counts)
+                if voco_cache is None
+                else self.model.get_image_features(None, counts, new)
+            }
         return model_kwargs
 
     @staticmethod
-    def _num_seen_tokens(inputs_tensor: torch.Tensor, model_kwargs: dict) -> int:
-        """Leading tokens of the input that `past_key_values` holds already."""
+    def _num_seen_tokens(inputs_tensor: torch.Tensor, model_kwargs: dict, generation_config) -> int:
+        """Leading tokens of the input that `past_key_values` holds already, as `generate` has it."""
         past_key_values, attention_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         if past_key_values is None:
             return 0
-        # As `generate` has it: with a mask longer than the input, the input is only what is new
-        if attention_mask is not None and attention_mask.shape[1] != inputs_tensor.shape[1]:
-            return 0
-        return int(past_key_values.get_seq_length())
+        # `generate` drops a mask of ones and keeps its length; an input shorter than the mask is new altogether
+        dropped_length = getattr(generation_config, "_mask_length", -1)
+        mask_length = dropped_length if attention_mask is None else attention_mask.shape[1]
+        repeats_history = inputs_tensor.ndim == 3 or mask_length == inputs_tensor.shape[1]
+        return int(past_key_values.get_seq_length()) if repeats_history else 0
 
-    def _brings_all_images(self, num_voco_tokens, num_images: int, num_tokens: int) -> bool:
-        """Whether the images given are all of the conversation, not only those of its last turn."""
-        counts = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
-        return sum(per_image_counts(counts, num_images)) == num_tokens
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Images are told apart by the `<voco>` tokens of each row, of which earlier turns have had theirs."""
+        features, past_key_values = model_kwargs.get("mm_encoder_outputs"), model_kwargs.get("past_key_values")
+        if expand_size > 1 and features and past_key_values is not None and input_ids is not None:
+            del model_kwargs["mm_encoder_outputs"]
+            num_rows = sum(len(image) for image in features["image"].pooler_output)
+            is_new = int((input_ids == self.config.voco_token_id).sum()) == num_rows
+            new_ids: Any = input_ids if is_new else input_ids[:, past_key_values.get_seq_length() :]
+            features = self._expand_multimodal_outputs(new_ids, features, expand_size)
+            input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                expand_size, is_encoder_decoder, input_ids, **model_kwargs
+            )
+            return input_ids, {**model_kwargs, "mm_encoder_outputs": features}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def find_new_images(
+    voco_mask: torch.Tensor, seen: int, num_voco_tokens: int | list[int] | torch.Tensor | None, num_images: int
+) -> tuple[list[int], list[int]]:
+    """
+    Which of the images given to a turn of a conversation are new, and their numbers of VoCo tokens. A turn may bring
+    its own images only, or those of all turns again.
+
+    Args:
+        voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+            The `<voco>` tokens of the input.
+        seen (`int`):
+            Leading tokens of the input that earlier turns have left in the key-value cache.
+
+    Raises:
+        ValueError: if the images fit neither all `<voco>` tokens nor the new ones, or both.
+    """
+    num_tokens, new_mask = int(voco_mask.sum()), voco_mask[:, seen:]
+    all_starts = None
+    if num_tokens != int(new_mask.sum()):
+        try:
+            all_counts = resolve_num_voco_tokens(num_voco_tokens, num_images, num_tokens)
+            all_starts = VoCoRuns.find(voco_mask, all_counts).starts
+        except ValueError:  # not the images of all turns
+            pass
+    try:
+        counts = resolve_num_voco_tokens(num_voco_tokens, num_images, int(new_mask.sum()))
+        VoCoRuns.find(new_mask, counts)
+    except ValueError:
+        if all_starts is None:
+            raise
+        images = (all_starts >= seen).nonzero().flatten().tolist()
+        return images, [all_counts[image] for image in images]
+    if all_starts is not None:
+        raise ValueError(
+            f"{num_images} images fit the {num_tokens} <voco> tokens of all turns as well as the new ones: "
+            "pass num_voco_tokens, one number an image"
+        )
+    return list(range(num_images)), counts
 
 
 def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:

@@ -14,7 +14,6 @@ import torch
 import typer
 from datasets import Dataset, load_from_disk
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -422,7 +421,8 @@ def train(recipe: Recipe, work_dir: Path, num_proc: int | None = None, compile: 
     for phase in recipe.phases:
         final = final_dir(work_dir, phase)
         if final.exists():
-            model.load_state_dict(load_file(final / "model.safetensors"))
+            done = VoCoLlamaForConditionalGeneration.from_pretrained(final, dtype=torch.float32)
+            model.load_state_dict(done.state_dict())
             continue
         start = time.monotonic()
         log = train_phase(model, processor, scenes, recipe, phase, work_dir)
