@@ -1,5 +1,7 @@
 """VoCo-LLaMA for Hugging Face: compress an image into one or a few tokens, then ask about it many times."""
 
+from pathlib import Path
+
 from .modeling import (
     VoCoCache,
     VoCoLlamaConfig,
@@ -11,7 +13,10 @@ from .modeling import (
 
 __version__ = "0.1.0.dev0"
 
+EMBEDDED_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "voco-scenes-tiny")
+
 __all__ = [
+    "EMBEDDED_CHECKPOINT",
     "VoCoCache",
     "VoCoLlamaConfig",
     "VoCoLlamaForConditionalGeneration",

@@ -6,12 +6,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import voco_llama_hf
-from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.images import open_image
 
 
-EMBEDDED = Path(voco_llama_hf.__file__).parent / "checkpoints" / "voco-scenes-tiny"
+EMBEDDED = Path(EMBEDDED_CHECKPOINT)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

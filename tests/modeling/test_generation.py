@@ -1007,6 +1007,14 @@ def test_text_models_that_rotate_in_their_own_way_are_right_or_refused(text_clas
     assert_both_ways_agree(model)
 
 
+def test_layers_without_rope_are_found_before_voco_is_trained():
+    """A token that was added to the vocabulary may start with zeros, which look the same at every position."""
+    model = tiny_model(text_class=SmolLM3Config, text={"no_rope_layers": [1, 0, 1]})
+    model.get_input_embeddings().weight.data[VOCO] = 0
+    with pytest.raises(ValueError, match="smollm3"):
+        model.compress(random_pixels(model, 1))
+
+
 def test_length_dependent_rope_is_refused():
     with pytest.raises(ValueError, match="dynamic"):
         tiny_model(text=rope(rope_type="dynamic", factor=4.0))

@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from .. import EMBEDDED_CHECKPOINT
 from .errors import UsageProblem
 from .options import Dtype
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
 
-EMBEDDED_CHECKPOINT = "checkpoints/voco-scenes-tiny"
 
 
 def find_model(name: str | None) -> str:
@@ -32,10 +31,9 @@ def find_model(name: str | None) -> str:
         UsageProblem: if there is no such folder, or it holds no model.
     """
     if name is None:
-        folder = Path(str(files("voco_llama_hf").joinpath(EMBEDDED_CHECKPOINT)))
-        if not (folder / "config.json").is_file():
+        if not os.path.isfile(os.path.join(EMBEDDED_CHECKPOINT, "config.json")):
             raise UsageProblem("this installation has no embedded model: name one with --model")
-        return str(folder)
+        return EMBEDDED_CHECKPOINT
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise UsageProblem(f"{name} is not a model folder: it has no config.json")

@@ -135,8 +135,8 @@ class Recipe:
     """Everything that decides what is trained."""
 
     num_train_scenes: int = 40_000
-    num_validation_scenes: int = 1000
-    num_test_scenes: int = 1000
+    num_validation_scenes: int = 300
+    num_test_scenes: int = 600
     questions_per_scene: int = 5
     dense_share: float = 0.35
     batch_size: int = 32
@@ -480,7 +480,9 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
     model = VoCoLlamaForConditionalGeneration.from_pretrained(part, dtype=torch.float32).eval()
     splits = {"validation": recipe.num_validation_scenes, "test": recipe.num_test_scenes}
     results = {
-        split: evaluate_scenes(model, processor, split, recipe.num_voco_tokens, limit=number, seed=recipe.seed)
+        split: evaluate_scenes(
+            model, processor, split, recipe.num_voco_tokens, shuffled=split == "test", limit=number, seed=recipe.seed
+        )
         for split, number in splits.items()
     }
     for result in results.values():

@@ -1,0 +1,206 @@
+"""A compressed image as a value: the keys and values of its VoCo tokens, on disk or in memory."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+FILE_FORMAT = "voco_cache"
+FILE_VERSION = "1"
+
+
+class VoCoCache:
+    r"""
+    Compressed images, one entry an image, made by [`VoCoLlamaForConditionalGeneration.compress`].
+
+    An entry holds the keys and values of the image's k VoCo tokens in every layer, the keys rotated to positions
+    0..k-1: exactly `2 * layers * key_value_heads * k * head_dim` numbers, and nothing else is left of the image.
+
+    Args:
+        keys (`torch.Tensor` of shape `(tokens, layers, key_value_heads, head_dim)`):
+            Keys of the VoCo tokens of all images, image after image.
+        values (`torch.Tensor` of the same shape):
+            Values of the same tokens.
+        token_counts (`Sequence[int]`):
+            VoCo tokens of each image.
+        fingerprint (`dict[str, str]`):
+            What the entries were made by: configuration and weights of the model.
+
+    Raises:
+        ValueError: if the shapes do not fit each other or `token_counts`.
+
+    Example:
+
+    ```python
+    >>> cache = model.compress(pixel_values, num_voco_tokens=2)
+    >>> cache.save("photos.safetensors")
+    >>> first, rest = cache[0], cache[1:]
+    >>> inputs = processor(text="<image>\nWhat is this?", voco_cache=first, return_tensors="pt")
+    >>> model.generate(**inputs, voco_cache=first)
+    ```"""
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, token_counts: Sequence[int], fingerprint: dict[str, str]
+    ):
+        if keys.shape != values.shape or keys.ndim != 4 or keys.dtype != values.dtype:
+            raise ValueError(
+                "keys and values must share one dtype and one shape (tokens, layers, key_value_heads, head_dim), got "
+                f"{tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}"
+            )
+        if sum(token_counts) != keys.shape[0] or any(count < 1 for count in token_counts):
+            raise ValueError(
+                f"{keys.shape[0]} VoCo tokens cannot be divided into images of {list(token_counts)} tokens"
+            )
+        self.keys = keys
+        self.values = values
+        self.token_counts = list(token_counts)
+        self.fingerprint = dict(fingerprint)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(images={len(self)}, num_voco_tokens={self.num_voco_tokens}, nbytes={self.nbytes}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_counts)
+
+    def __iter__(self) -> Iterator["VoCoCache"]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> "VoCoCache":
+        """Some of the images, as another cache: `cache[0]`, `cache[2:5]`, `cache[[3, 0, 3]]`."""
+        images = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
+        images = [images] if isinstance(images, int) else list(images)
+        counts = [self.token_counts[i] for i in images]
+        # A run of neighbours stays a view; anything else gathers its tokens
+        if images and images == list(range(images[0], images[0] + len(images))):
+            start = sum(self.token_counts[: images[0]])
+            tokens: slice | torch.Tensor = slice(start, start + sum(counts))
+        else:
+            spans = torch.arange(self.keys.shape[0]).split(self.token_counts)
+            tokens = torch.cat([spans[i] for i in images] or [torch.empty(0, dtype=torch.long)]).to(self.device)
+        return type(self)(self.keys[tokens], self.values[tokens], counts, self.fingerprint)
+
+    @property
+    def num_voco_tokens(self) -> int | list[int]:
+        """VoCo tokens of an image: one number if all images have the same, else one number an image."""
+        return self.token_counts[0] if len(set(self.token_counts)) == 1 else list(self.token_counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the keys and values take."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @classmethod
+    def cat(cls, caches: Sequence["VoCoCache"]) -> "VoCoCache":
+        """
+        Several caches as one, in order. Dtype and device are those of the first.
+
+        Raises:
+            ValueError: if there is none, or if they were made by different models.
+        """
+        if len(caches) == 0:
+            raise ValueError("VoCoCache.cat needs at least one cache")
+        first = caches[0]
+        for other in caches[1:]:
+            check_fingerprint(other.fingerprint, first.fingerprint, "the first cache")
+        keys = torch.cat([cache.keys.to(first.keys) for cache in caches])
+        values = torch.cat([cache.values.to(first.values) for cache in caches])
+        return cls(keys, values, [count for cache in caches for count in cache.token_counts], first.fingerprint)
+
+    def to(self, *args, **kwargs) -> "VoCoCache":
+        """A copy on another device or in another dtype; takes what [`torch.Tensor.to`] takes."""
+        keys, values = self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs)
+        return type(self)(keys, values, self.token_counts, self.fingerprint)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file, aside first and then renamed: an interrupted save leaves the old file."""
+        path = Path(path)
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("keys", "values")}
+        # Slices of one storage are views, which safetensors refuses to write twice
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        metadata = {
+            "format": FILE_FORMAT,
+            "version": FILE_VERSION,
+            "num_voco_tokens": json.dumps(self.token_counts),
+            "fingerprint": json.dumps(self.fingerprint),
+            "sha256": _digest(tensors["keys"], tensors["values"]),
+        }
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, aside, metadata=metadata)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(aside, 0o666 & ~umask)
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VoCoCache":
+        """
+        Reads what [`VoCoCache.save`] wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or holds something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no VoCoCache file at {path}")
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        if metadata.get("format") != FILE_FORMAT or set(tensors) != {"keys", "values"}:
+            raise ValueError(f"{path} is a safetensors file, but not one that VoCoCache.save wrote")
+        if metadata.get("version") != FILE_VERSION:
+            raise ValueError(
+                f"{path} has VoCoCache version {metadata.get('version')}, this package reads {FILE_VERSION}"
+            )
+        if metadata.get("sha256") != _digest(tensors["keys"], tensors["values"]):
+            raise ValueError(f"{path} is damaged: its content does not match its checksum")
+        counts, fingerprint = json.loads(metadata["num_voco_tokens"]), json.loads(metadata["fingerprint"])
+        return cls(tensors["keys"], tensors["values"], counts, fingerprint)
+
+
+def check_fingerprint(made_by: dict[str, str], expected: dict[str, str], owner: str) -> None:
+    """
+    Compares what two caches, or a cache and a model, were made by.
+
+    Raises:
+        ValueError: if they differ; the message says where.
+    """
+    names = [name for name in expected | made_by if made_by.get(name) != expected.get(name)]
+    if names:
+        differences = ", ".join(f"{name} is {made_by.get(name)}, not {expected.get(name)}" for name in names)
+        raise ValueError(f"this VoCoCache was made by another model than {owner}: {differences}")
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    sha256 = hashlib.sha256()
+    for tensor in tensors:
+        sha256.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
+__all__ = ["VoCoCache"]

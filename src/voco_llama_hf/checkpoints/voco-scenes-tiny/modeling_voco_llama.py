@@ -1,0 +1,795 @@
+"""PyTorch VoCo-LLaMA: a LLaVA whose language model compresses every image into a few VoCo tokens.
+
+Two ways to compute, one result. Single pass: the long sequence once, under the VoCo attention mask. Two stages: every
+image on its own under plain causal attention, then the short sequence with the keys and values of the VoCo tokens
+injected into its cache.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.masking_utils import and_masks, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .attention_voco_llama import (
+    ExpandedLayout,
+    VoCoRuns,
+    per_image_counts,
+    position_window_function,
+    resolve_num_voco_tokens,
+    voco_mask_function,
+)
+from .cache_voco_llama import VoCoCache, check_fingerprint
+from .configuration_voco_llama import VoCoLlamaConfig, check_text_config, key_value_shape, layer_types, sliding_window
+
+
+ATTENTION_MODES = ("voco", "causal", "uncompressed")
+MASKABLE_ATTENTION = ("eager", "sdpa", "flex_attention")
+COMPRESSION_BATCH_SIZE = 16
+
+# Checkpoints of the first LLaVA classes name their weights in an older way
+for name, llava_name in (("voco_llama", "llava"), ("VoCoLlamaModel", "LlavaModel")):
+    register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping(llava_name), overwrite=True)
+
+
+class CompressionCache(Cache):
+    """Keeps the keys and values of the last `num_kept` tokens of one pass, and nothing of the image."""
+
+    def __init__(self, num_kept: int):
+        super().__init__(layers=[])
+        self.num_kept = num_kept
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        self.keys.append(key_states[:, :, -self.num_kept :].clone())
+        self.values.append(value_states[:, :, -self.num_kept :].clone())
+        return key_states, value_states
+
+
+class InjectionCache(Cache):
+    """
+    Replaces the keys and values of `<voco>` tokens by those of compressed images on their way into another cache, of
+    whatever kind: dynamic, static, quantized, offloaded.
+
+    Args:
+        cache ([`~transformers.Cache`]):
+            The cache that is filled.
+        token_rows, token_columns (`torch.LongTensor` of shape `(num_tokens,)`):
+            Where the `<voco>` tokens stand in the sequence of this pass.
+        images (`torch.Tensor` of shape `(num_tokens, 2, layers, key_value_heads, head_dim)`):
+            Their keys, at position 0, and values.
+        rotate (`Callable`):
+            Rotates keys of shape `(num_tokens, key_value_heads, head_dim)` to the positions of the tokens.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        token_rows: torch.Tensor,
+        token_columns: torch.Tensor,
+        images: torch.Tensor,
+        rotate: Callable[[torch.Tensor], torch.Tensor],
+    ):
+        super().__init__(layers=cache.layers)
+        self.cache = cache
+        self.token_rows, self.token_columns = token_rows, token_columns
+        self.images = images
+        self.rotate = rotate
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        keys = self._inject(key_states, self.rotate(self.images[:, 0, layer_idx]))
+        values = self._inject(value_states, self.images[:, 1, layer_idx])
+        return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def _inject(self, states: torch.Tensor, injected: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.token_rows.to(states.device), self.token_columns.to(states.device)
+        by_token = states.transpose(1, 2).index_put((rows, columns), injected.to(states))
+        return by_token.transpose(1, 2)
+
+
+class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
+    config: Any  # a VoCoLlamaConfig, whose parts are of whatever classes they name
+    config_class = VoCoLlamaConfig
+
+
+class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
+    """
+    The VoCo-LLaMA model without a language modeling head. Submodules and parameter names are those of
+    [`~transformers.LlavaModel`].
+
+    Raises:
+        ValueError: if compressed images cannot be moved to other positions with the text model of `config`.
+    """
+
+    def __init__(self, config: VoCoLlamaConfig):
+        text_config: Any = config.text_config
+        check_text_config(text_config)
+        super().__init__(config)
+        self._fingerprint: tuple[tuple, dict[str, str]] | None = None
+        self._rotation_is_checked = False
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Vision tokens in the embedding space of the text model: what LLaVA puts into the sequence.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): Preprocessed images.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, V, hidden_size)`.
+        """
+        return torch.stack(super().get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
+
+    def get_image_features(
+        self,
+        pixel_values: Any = None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
+        voco_cache: VoCoCache | None = None,
+        return_dict: bool = True,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Compressed images as features: what `generate` hands from the encoding of images to the prefill.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Images to compress.
+            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+                VoCo tokens of every image, or of each; `config.num_voco_tokens` by default.
+            voco_cache ([`VoCoCache`], *optional*):
+                Images that are compressed already, instead of `pixel_values`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: its `pooler_output` is a list of one tensor
+            `(k, 2 * layers * key_value_heads * head_dim + hidden_size)` an image. Row j holds the keys of the j-th
+            VoCo token, rotated to position 0, its values and its last hidden state (unknown to a [`VoCoCache`]).
+
+        Raises:
+            ValueError: if `voco_cache` was made by another model or has other numbers of VoCo tokens.
+        """
+        if (voco_cache is None) == (pixel_values is None):
+            raise ValueError("pass the images either as pixel_values or as a voco_cache")
+        self._check_rotation()
+        if voco_cache is not None:
+            check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
+            counts = voco_cache.token_counts
+            if num_voco_tokens is not None and per_image_counts(num_voco_tokens, len(voco_cache)) != counts:
+                raise ValueError(f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {counts}")
+            states = [voco_cache.keys, voco_cache.values]
+        else:
+            counts = self._per_image_counts(num_voco_tokens, pixel_values)
+            states = self._compress(pixel_values, counts)
+        offsets = torch.cat([torch.arange(count) for count in counts]).to(states[0].device)
+        at_zero = self.rotate_keys(states[0], -offsets)
+        rows = torch.cat([tensor.flatten(1) for tensor in (at_zero, *states[1:])], dim=-1)
+        images: Any = list(rows.split(counts))
+        return BaseModelOutputWithPooling(pooler_output=images)
+
+    def _per_image_counts(
+        self, num_voco_tokens: int | list[int] | torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> list[int]:
+        return per_image_counts(
+            self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens, len(pixel_values)
+        )
+
+    def _compress(
+        self,
+        pixel_values: torch.Tensor,
+        counts: list[int],
+        batch_size: int = COMPRESSION_BATCH_SIZE,
+        show_progress: bool = False,
+    ) -> list[torch.Tensor]:
+        """
+        First stage: keys at positions 0..k-1, values (both `(tokens, layers, key_value_heads, head_dim)`) and last
+        hidden states `(tokens, hidden_size)` of the VoCo tokens of all images.
+        """
+        starts = range(0, len(pixel_values), batch_size)
+        parts = [
+            self._compress_batch(pixel_values[start : start + batch_size], counts[start : start + batch_size])
+            for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1)
+        ]
+        return [torch.cat(tensors) for tensors in zip(*parts)]
+
+    def _compress_batch(self, pixel_values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """One causal pass over a batch of segments."""
+        vision = self.get_vision_features(pixel_values.to(self.vision_tower.device))
+        num_kept = max(counts)
+        before = self._embed_ids(self.config.vision_prefix_token_ids).expand(len(vision), -1, -1)
+        behind_ids = [*self.config.vision_suffix_token_ids, *[self.config.voco_token_id] * num_kept]
+        behind = self._embed_ids(behind_ids).expand(len(vision), -1, -1)
+        segments = torch.cat([before, vision.to(before), behind], dim=1)
+        positions = torch.arange(num_kept - segments.shape[1], num_kept, device=segments.device)
+        kept = CompressionCache(num_kept)
+        # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
+        hidden_states = self.language_model(
+            inputs_embeds=segments, position_ids=positions[None], past_key_values=kept, use_cache=True
+        ).last_hidden_state[:, -num_kept:]
+
+        device = hidden_states.device
+        wanted = torch.arange(num_kept, device=device) < torch.tensor(counts, device=device)[:, None]
+        keys, values = (
+            torch.stack([layer.to(device) for layer in layers], dim=1).permute(0, 3, 1, 2, 4)[wanted]
+            for layers in (kept.keys, kept.values)
+        )
+        return [keys, values, hidden_states[wanted]]
+
+    def _embed_ids(self, token_ids: list[int]) -> torch.Tensor:
+        """Embeddings `(len(token_ids), hidden_size)`."""
+        embedding: Any = self.get_input_embeddings()
+        return embedding(torch.tensor(token_ids, dtype=torch.long, device=embedding.weight.device))
+
+    @torch.no_grad()
+    def compress(
+        self,
+        pixel_values: torch.Tensor,
+        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
+        batch_size: int = COMPRESSION_BATCH_SIZE,
+        show_progress: bool = True,
+    ) -> VoCoCache:
+        """
+        Compresses images for later questions.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
+                Preprocessed images.
+            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+                VoCo tokens of every image, or of each; `config.num_voco_tokens` by default.
+            batch_size (`int`, *optional*, defaults to 16):
+                Images that are compressed at a time, which bounds the memory.
+            show_progress (`bool`, *optional*, defaults to `True`):
+                Whether to show a progress bar when there is more than one batch.
+
+        Returns:
+            [`VoCoCache`]: one entry an image.
+        """
+        if len(pixel_values) == 0:
+            raise ValueError("compress needs at least one image")
+        self._check_rotation()
+        counts = self._per_image_counts(num_voco_tokens, pixel_values)
+        keys, values, _ = self._compress(pixel_values, counts, batch_size, show_progress)
+        return VoCoCache(keys, values, counts, self.fingerprint())
+
+    def _split_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of compressed images as `(tokens, 2, layers, heads, head_dim)` and, where known, last hidden states."""
+        layers, heads, head_dim = key_value_shape(self.config.text_config)
+        size = 2 * layers * heads * head_dim
+        if rows.shape[-1] not in (size, size + self.config.text_config.hidden_size):
+            raise ValueError(
+                f"compressed images of this model have {size} numbers a VoCo token ({layers} layers, {heads} "
+                f"key-value heads of size {head_dim}), got {rows.shape[-1]}: they come from another model"
+            )
+        hidden_states = rows[:, size:] if rows.shape[-1] > size else None
+        return rows[:, :size].view(-1, 2, layers, heads, head_dim), hidden_states
+
+    def rotate_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Moves keys by `positions` under the rotary embedding of the text model. Exact for every static RoPE.
+
+        Args:
+            keys (`torch.Tensor` of shape `(tokens, ..., head_dim)`): Keys after their own rotation.
+            positions (`torch.LongTensor` of shape `(tokens,)`): How far to move each token, may be negative.
+        """
+        rotary_emb = self.language_model.rotary_emb
+        rotation = sys.modules[type(self.language_model).__module__].apply_rotary_pos_emb
+        by_head = keys.float().flatten(1, -2).transpose(0, 1)[None]
+        cos, sin = rotary_emb(by_head, positions[None].to(keys.device))
+        # Scaled RoPE (YaRN) scales cos and sin; the keys have that factor already
+        cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
+        rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
+        return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
+
+    @torch.no_grad()
+    def _check_rotation(self) -> None:
+        """
+        Moves a key and compares, once: a lone token reads nothing but itself, so its position shows in keys only.
+
+        Raises:
+            ValueError: if the text model rotates in another way, or some of its layers do not rotate at all.
+        """
+        if self._rotation_is_checked or self.training or self.device.type == "meta" or torch.compiler.is_compiling():
+            return
+        token = self._embed_ids([self.config.voco_token_id])[None].expand(2, -1, -1)
+        kept, distance = CompressionCache(1), 7
+        positions = torch.tensor([[0], [distance]], device=token.device)
+        self.language_model(inputs_embeds=token, position_ids=positions, past_key_values=kept, use_cache=True)
+        for key in kept.keys:
+            here, there = key[:1, :, 0].float(), key[1:, :, 0].float()
+            try:
+                error = (self.rotate_keys(here, positions[1]) - there).norm() / there.norm()
+            except RuntimeError as reason:
+                error = reason
+            if isinstance(error, RuntimeError) or error > 0.05:
+                raise ValueError(
+                    f"the keys of {self.config.text_config.model_type} cannot be moved to other positions: VoCo-LLaMA "
+                    "needs a text model that rotates whole keys in every layer"
+                )
+        self._rotation_is_checked = True
+
+    def fingerprint(self) -> dict[str, str]:
+        """
+        What compressed images depend on: the configuration of segments and keys, and a hash over a sample of every
+        weight tensor, rounded to bfloat16 so that it is the same in every precision. Recomputed when weights change.
+        """
+        weights = dict(self.named_parameters())
+        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights.values())
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = state, {"weights": hash_weights(weights)}
+        config = self.config
+        layers, heads, head_dim = key_value_shape(config.text_config)
+        return {
+            "text_model": config.text_config.model_type,
+            "layers": str(layers),
+            "key_value_heads": str(heads),
+            "head_dim": str(head_dim),
+            "voco_token_id": str(config.voco_token_id),
+            "vision_prefix_token_ids": str(config.vision_prefix_token_ids),
+            "vision_suffix_token_ids": str(config.vision_suffix_token_ids),
+            **self._fingerprint[1],
+        }
+
+    def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
+        """`(batch_size, sequence_length)` mask of the `<voco>` tokens of a sequence given as ids or as embeddings."""
+        if input_ids is not None:
+            return input_ids == self.config.voco_token_id
+        voco_embed = self._embed_ids([self.config.voco_token_id])[0]
+        return torch.eq(inputs_embeds, voco_embed.to(inputs_embeds)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
+        voco_cache: VoCoCache | None = None,
+        attention_mode: str | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The short sequence, in which an image is its `<voco>` tokens.
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
+                All images of the batch, in the order in which they stand in it.
+            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+                VoCo tokens of every image, or of each. By default the `<voco>` tokens are divided evenly.
+            voco_cache ([`VoCoCache`], *optional*):
+                The images compressed already, instead of `pixel_values`. Outputs at `<voco>` positions are then
+                undefined: a [`VoCoCache`] does not keep hidden states.
+            attention_mode (`str`, *optional*):
+                `"voco"`, `"causal"` or `"uncompressed"`; `config.attention_mode` by default.
+            use_cache (`bool`, *optional*):
+                With a cache, images are compressed first (two stages); without, the long sequence is run at once.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                The images as [`get_image_features`] returned them, under the key `"image"`.
+
+        Returns:
+            [`~transformers.models.llava.modeling_llava.LlavaModelOutputWithPast`], aligned with the short sequence.
+            `attentions` of a single pass are those of the long sequence.
+
+        Raises:
+            ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, or the modes cannot be combined.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        mode = self.config.attention_mode if attention_mode is None else attention_mode
+        if mode not in ATTENTION_MODES:
+            raise ValueError(f"attention_mode must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
+        features = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
+        if sum(images is not None for images in (pixel_values, voco_cache, features)) > 1:
+            raise ValueError("pass the images once: as pixel_values, as a voco_cache or as mm_encoder_outputs")
+        if mode != "voco" and (voco_cache is not None or features is not None or past_key_values is not None):
+            raise ValueError(
+                f'attention_mode="{mode}" needs the pixels of all images and no cache; to generate uncompressed, load '
+                "these weights into LlavaForConditionalGeneration"
+            )
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        language_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if pixel_values is None and voco_cache is None and features is None:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **language_inputs
+            )
+            return LlavaModelOutputWithPast(**outputs)
+
+        voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
+        if features is None:
+            images: Any = pixel_values if voco_cache is None else voco_cache
+            if voco_cache is not None and num_voco_tokens is None:
+                num_voco_tokens = voco_cache.token_counts
+            counts = resolve_num_voco_tokens(num_voco_tokens, len(images), int(voco_mask.sum()))
+            runs = VoCoRuns.find(voco_mask, counts)
+            if pixel_values is not None and not self._runs_in_two_stages(mode, use_cache, past_key_values):
+                return self._forward_expanded(inputs_embeds, pixel_values, runs, mode, **language_inputs)
+            features = self.get_image_features(pixel_values, counts, voco_cache)
+        rows: Any = features.pooler_output
+        return self._forward_injected(inputs_embeds, rows, voco_mask, past_key_values, use_cache, **language_inputs)
+
+    def _runs_in_two_stages(self, mode: str, use_cache: bool, past_key_values: Cache | None) -> bool:
+        if mode != "voco":
+            return False
+        maskable = self.config.text_config._attn_implementation in MASKABLE_ATTENTION
+        # Gradient checkpointing switches caches off, and with them the injection
+        if self.training and self.language_model.gradient_checkpointing and past_key_values is None:
+            if not maskable:
+                raise ValueError(
+                    "gradient checkpointing needs the single pass, whose mask "
+                    f"{self.config.text_config._attn_implementation} cannot apply: use {', '.join(MASKABLE_ATTENTION)}"
+                )
+            return False
+        return use_cache or past_key_values is not None or not maskable
+
+    def _forward_expanded(
+        self,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor,
+        runs: VoCoRuns,
+        mode: str,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """Single pass: every image gets its vision tokens, and what was computed is gathered back."""
+        batch_size, short_length, hidden_size = inputs_embeds.shape
+        vision = self.get_vision_features(pixel_values).to(inputs_embeds)
+        prefix, suffix = (
+            self._embed_ids(ids) for ids in (self.config.vision_prefix_token_ids, self.config.vision_suffix_token_ids)
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones(batch_size, short_length, dtype=torch.bool, device=inputs_embeds.device)
+        layout = ExpandedLayout.build(runs, attention_mask, len(prefix), vision.shape[1], len(suffix), mode)
+
+        by_token = layout.short[..., None].expand(-1, -1, hidden_size)
+        embeds = inputs_embeds.new_zeros(batch_size, layout.length, hidden_size).scatter(1, by_token, inputs_embeds)
+        embeds = embeds.index_put((runs.rows[:, None], layout.vision), vision)
+        embeds = embeds.index_put((layout.prefix_rows[:, None], layout.prefix), prefix.to(embeds))
+        embeds = embeds.index_put((runs.rows[:, None], layout.suffix), suffix[: layout.suffix.shape[1]].to(embeds))
+        mask = layout.attention_mask(attention_mask, runs)
+        if mode == "voco":
+            if position_ids is None:
+                position_ids = torch.arange(short_length, device=embeds.device)[None]
+            positions = layout.compact_positions(position_ids.expand(batch_size, -1), runs)
+            mask = self._voco_attention_mask(embeds, mask, positions, *layout.segments(runs, batch_size))
+        else:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+        outputs: BaseModelOutputWithPast = self.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **kwargs
+        )
+        hidden_states = outputs.hidden_states
+        if hidden_states is not None:
+            hidden_states = tuple(states.gather(1, by_token) for states in hidden_states)
+        last_hidden_state: Any = outputs.last_hidden_state
+        return LlavaModelOutputWithPast(
+            last_hidden_state=last_hidden_state.gather(1, by_token),
+            hidden_states=hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=vision,
+        )
+
+    def _voco_attention_mask(
+        self,
+        embeds: torch.Tensor,
+        padding_mask: torch.Tensor,
+        positions: torch.Tensor,
+        segment_ids: torch.Tensor,
+        readable: torch.Tensor,
+    ):
+        """The finished mask of a single pass, in the form that the text model's attention takes."""
+        config = self.config.text_config
+        rule = voco_mask_function(segment_ids, readable)
+        full = create_causal_mask(config, embeds, padding_mask, past_key_values=None, and_mask_function=rule)
+        window = sliding_window(config)
+        if window is None:
+            return full
+        rule = and_masks(rule, position_window_function(positions, window))
+        sliding = create_causal_mask(config, embeds, padding_mask, past_key_values=None, and_mask_function=rule)
+        is_mixed = "full_attention" in layer_types(config)
+        return {"full_attention": full, "sliding_attention": sliding} if is_mixed else sliding
+
+    def _forward_injected(
+        self,
+        inputs_embeds: torch.Tensor,
+        images: list[torch.Tensor],
+        voco_mask: torch.Tensor,
+        past_key_values: Cache | None,
+        use_cache: bool,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """Second stage: the short sequence under plain causal attention, with the compressed images in place."""
+        cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            position_ids = position_ids + cache.get_seq_length()
+        rows = torch.cat([image.to(inputs_embeds.device) for image in images])
+        token_rows, token_columns = voco_mask.nonzero(as_tuple=True)
+        # Later calls of one conversation may bring images along that its cache holds already
+        injects = len(token_rows) > 0
+        if len(voco_mask) == 1 and len(token_rows) > len(rows):
+            # Assisted decoding of one sequence may propose `<voco>` tokens behind it, which are ordinary tokens
+            token_rows, token_columns = token_rows[: len(rows)], token_columns[: len(rows)]
+        if injects and len(token_rows) != len(rows):
+            raise ValueError(
+                f"the input has {len(token_rows)} <voco> tokens, but its images were compressed into {len(rows)}"
+            )
+        states, voco_hidden = self._split_rows(rows)
+        positions = position_ids.expand(len(inputs_embeds), -1)[token_rows, token_columns]
+        injection = InjectionCache(
+            cache, token_rows, token_columns, states, lambda keys: self.rotate_keys(keys, positions.to(keys.device))
+        )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=injection if injects else cache,
+            use_cache=True,
+            **kwargs,
+        )
+        hidden_states, all_hidden_states = outputs.last_hidden_state, outputs.hidden_states
+        if injects and voco_hidden is not None:
+            hidden_states = hidden_states.index_put((token_rows, token_columns), voco_hidden.to(hidden_states))
+            if all_hidden_states is not None:
+                all_hidden_states = (*all_hidden_states[:-1], hidden_states)
+        return LlavaModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=all_hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForConditionalGeneration):
+    """
+    VoCo-LLaMA with a language modeling head. Its weights load into
+    [`~transformers.LlavaForConditionalGeneration`] unchanged, and the other way round.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoProcessor
+    >>> from voco_llama_hf import VoCoLlamaForConditionalGeneration
+
+    >>> model = VoCoLlamaForConditionalGeneration.from_pretrained(checkpoint)
+    >>> processor = AutoProcessor.from_pretrained(checkpoint)
+    >>> inputs = processor(images=image, text="<image>\nWhat is this?", num_voco_tokens=2, return_tensors="pt")
+    >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
+    ```"""
+
+    def __init__(self, config: VoCoLlamaConfig):
+        # Not LlavaForConditionalGeneration's own: it would build a LlavaModel first
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        text_config = self.config.text_config
+        self.model = VoCoLlamaModel(config)
+        self.lm_head = torch.nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:  # type: ignore[override]
+        """See [`VoCoLlamaModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def compress(self, *args, **kwargs) -> VoCoCache:
+        """See [`VoCoLlamaModel.compress`]."""
+        return self.model.compress(*args, **kwargs)
+
+    def fingerprint(self) -> dict[str, str]:
+        """See [`VoCoLlamaModel.fingerprint`]."""
+        return self.model.fingerprint()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
+        voco_cache: VoCoCache | None = None,
+        attention_mode: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """
+        See [`VoCoLlamaModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Labels of the short sequence, -100 where no loss is computed.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute logits of the last positions only, or of these; 0 computes all.
+
+        Raises:
+            ValueError: also if `labels` score the token right behind an image that comes from a `voco_cache`.
+        """
+        if labels is not None and voco_cache is not None:
+            behind = self.model.get_voco_mask(input_ids, inputs_embeds)[:, :-1]
+            if (labels[:, 1:][behind] != -100).any():
+                raise ValueError(
+                    "a voco_cache does not keep the hidden states that predict `<voco>` tokens and the token right "
+                    "behind an image: set their labels to -100, or pass pixel_values"
+                )
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            num_voco_tokens=num_voco_tokens,
+            voco_cache=voco_cache,
+            attention_mode=attention_mode,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str | None, generation_config
+    ) -> dict:
+        """Compresses the images of a `generate` call once, before they are expanded to beams or cut into chunks."""
+        mode = model_kwargs.get("attention_mode") or self.config.attention_mode
+        if mode != "voco":
+            raise ValueError(
+                f'generate works in attention_mode="voco", got "{mode}"; to generate uncompressed, load these weights '
+                "into LlavaForConditionalGeneration"
+            )
+        pixel_values, voco_cache, num_voco_tokens = (
+            model_kwargs.pop(name, None) for name in ("pixel_values", "voco_cache", "num_voco_tokens")
+        )
+        embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
+        voco_mask = self.model.get_voco_mask(inputs_tensor if embeds is None else None, embeds)
+        seen = self._num_seen_tokens(inputs_tensor, model_kwargs, generation_config)
+        if pixel_values is None and voco_cache is None:
+            num_new = int(voco_mask[:, seen:].sum())
+            if num_new > 0 and model_kwargs.get("mm_encoder_outputs") is None:
+                raise ValueError(f"the input has {num_new} <voco> tokens, but no pixel_values and no voco_cache")
+            return model_kwargs
+        if pixel_values is not None and voco_cache is not None:
+            raise ValueError("pass the images either as pixel_values or as a voco_cache, not both")
+        if voco_cache is not None and voco_mask[:, -1].any():
+            raise ValueError("a prompt that uses a voco_cache must end with text, but its last token is <voco>")
+
+        given = pixel_values if voco_cache is None else voco_cache
+        if voco_cache is not None and num_voco_tokens is None:
+            num_voco_tokens = voco_cache.token_counts
+        images, counts = find_new_images(voco_mask, seen, num_voco_tokens, len(given))
+        if images:
+            new = given[images]
+            model_kwargs["mm_encoder_outputs"] = {
+                "image": self.model.get_image_features(new.to(self.device), counts)
+                if voco_cache is None
+                else self.model.get_image_features(None, counts, new)
+            }
+        return model_kwargs
+
+    @staticmethod
+    def _num_seen_tokens(inputs_tensor: torch.Tensor, model_kwargs: dict, generation_config) -> int:
+        """Leading tokens of the input that `past_key_values` holds already, as `generate` has it."""
+        past_key_values, attention_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if past_key_values is None:
+            return 0
+        # `generate` drops a mask of ones and keeps its length; an input shorter than the mask is new altogether
+        dropped_length = getattr(generation_config, "_mask_length", -1)
+        mask_length = dropped_length if attention_mask is None else attention_mask.shape[1]
+        repeats_history = inputs_tensor.ndim == 3 or mask_length == inputs_tensor.shape[1]
+        return int(past_key_values.get_seq_length()) if repeats_history else 0
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Images are told apart by the `<voco>` tokens of each row, of which earlier turns have had theirs."""
+        features, past_key_values = model_kwargs.get("mm_encoder_outputs"), model_kwargs.get("past_key_values")
+        if expand_size > 1 and features and past_key_values is not None and input_ids is not None:
+            del model_kwargs["mm_encoder_outputs"]
+            num_rows = sum(len(image) for image in features["image"].pooler_output)
+            is_new = int((input_ids == self.config.voco_token_id).sum()) == num_rows
+            new_ids: Any = input_ids if is_new else input_ids[:, past_key_values.get_seq_length() :]
+            features = self._expand_multimodal_outputs(new_ids, features, expand_size)
+            input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                expand_size, is_encoder_decoder, input_ids, **model_kwargs
+            )
+            return input_ids, {**model_kwargs, "mm_encoder_outputs": features}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def find_new_images(
+    voco_mask: torch.Tensor, seen: int, num_voco_tokens: int | list[int] | torch.Tensor | None, num_images: int
+) -> tuple[list[int], list[int]]:
+    """
+    Which of the images given to a turn of a conversation are new, and their numbers of VoCo tokens. A turn may bring
+    its own images only, or those of all turns again.
+
+    Args:
+        voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+            The `<voco>` tokens of the input.
+        seen (`int`):
+            Leading tokens of the input that earlier turns have left in the key-value cache.
+
+    Raises:
+        ValueError: if the images fit neither all `<voco>` tokens nor the new ones, or both.
+    """
+    num_tokens, new_mask = int(voco_mask.sum()), voco_mask[:, seen:]
+    all_starts = None
+    if num_tokens != int(new_mask.sum()):
+        try:
+            all_counts = resolve_num_voco_tokens(num_voco_tokens, num_images, num_tokens)
+            all_starts = VoCoRuns.find(voco_mask, all_counts).starts
+        except ValueError:  # not the images of all turns
+            pass
+    try:
+        counts = resolve_num_voco_tokens(num_voco_tokens, num_images, int(new_mask.sum()))
+        VoCoRuns.find(new_mask, counts)
+    except ValueError:
+        if all_starts is None:
+            raise
+        images = (all_starts >= seen).nonzero().flatten().tolist()
+        return images, [all_counts[image] for image in images]
+    if all_starts is not None:
+        raise ValueError(
+            f"{num_images} images fit the {num_tokens} <voco> tokens of all turns as well as the new ones: "
+            "pass num_voco_tokens, one number an image"
+        )
+    return list(range(num_images)), counts
+
+
+def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:
+    """SHA-256 over names, shapes and evenly spaced values of every weight tensor."""
+    sha256 = hashlib.sha256()
+    samples = []
+    for name, weight in weights.items():
+        sha256.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.device.type != "meta":
+            flat = weight.detach().reshape(-1)
+            samples.append(flat[:: max(1, flat.numel() // num_samples)][:num_samples].to(torch.bfloat16).cpu())
+    if samples:
+        sha256.update(torch.cat(samples).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
+VoCoLlamaModel.register_for_auto_class("AutoModel")
+VoCoLlamaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["VoCoLlamaForConditionalGeneration", "VoCoLlamaModel", "VoCoLlamaPreTrainedModel"]
