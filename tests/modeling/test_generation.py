@@ -907,7 +907,7 @@ def test_prompt_that_ends_with_a_cached_image(model):
     inputs = random_inputs(model, [["text:3", "image:2"], ["text:2", "image:1", "text:2"]])
     rows = single_rows(inputs)
     assert_greedy(model, inputs, rows)
-    with pytest.raises(ValueError, match="text behind"):
+    with pytest.raises(ValueError, match="must end with text"):
         model.generate(**with_cache(model, inputs))
 
 

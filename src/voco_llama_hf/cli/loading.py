@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
 
 
-
 def find_model(name: str | None) -> str:
     """
     The folder or Hub id of a model; cheap, so that a typing error does not wait for torch.

@@ -300,7 +300,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         """
         if self._rotation_is_checked or self.training or self.device.type == "meta" or torch.compiler.is_compiling():
             return
-        token = self._embed_ids([self.config.voco_token_id])[None].expand(2, -1, -1)
+        token = torch.linspace(-1, 1, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
+        token = token.expand(2, 1, -1)
         kept, distance = CompressionCache(1), 7
         positions = torch.tensor([[0], [distance]], device=token.device)
         self.language_model(inputs_embeds=token, position_ids=positions, past_key_values=kept, use_cache=True)
@@ -310,7 +311,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 error = (self.rotate_keys(here, positions[1]) - there).norm() / there.norm()
             except RuntimeError as reason:
                 error = reason
-            if isinstance(error, RuntimeError) or error > 0.05:
+            if isinstance(error, RuntimeError) or not error <= 0.05:
                 raise ValueError(
                     f"the keys of {self.config.text_config.model_type} cannot be moved to other positions: VoCo-LLaMA "
                     "needs a text model that rotates whole keys in every layer"
@@ -680,7 +681,8 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
         seen = self._num_seen_tokens(inputs_tensor, model_kwargs, generation_config)
         if pixel_values is None and voco_cache is None:
             num_new = int(voco_mask[:, seen:].sum())
-            if num_new > 0 and model_kwargs.get("mm_encoder_outputs") is None:
+            is_checked = model_kwargs.get("mm_encoder_outputs") is None and not generation_config.is_assistant
+            if num_new > 0 and is_checked:
                 raise ValueError(f"the input has {num_new} <voco> tokens, but no pixel_values and no voco_cache")
             return model_kwargs
         if pixel_values is not None and voco_cache is not None:
@@ -713,26 +715,26 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
         repeats_history = inputs_tensor.ndim == 3 or mask_length == inputs_tensor.shape[1]
         return int(past_key_values.get_seq_length()) if repeats_history else 0
 
-    def _expand_inputs_for_generation(
+    def _expand_multimodal_outputs(
         self,
+        input_ids: Any,
+        mm_encoder_output: dict,
         expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        inputs_embeds: Any = None,
+    ) -> dict[str, dict]:
         """Images are told apart by the `<voco>` tokens of each row, of which earlier turns have had theirs."""
-        features, past_key_values = model_kwargs.get("mm_encoder_outputs"), model_kwargs.get("past_key_values")
-        if expand_size > 1 and features and past_key_values is not None and input_ids is not None:
-            del model_kwargs["mm_encoder_outputs"]
-            num_rows = sum(len(image) for image in features["image"].pooler_output)
-            is_new = int((input_ids == self.config.voco_token_id).sum()) == num_rows
-            new_ids: Any = input_ids if is_new else input_ids[:, past_key_values.get_seq_length() :]
-            features = self._expand_multimodal_outputs(new_ids, features, expand_size)
-            input_ids, model_kwargs = super()._expand_inputs_for_generation(
-                expand_size, is_encoder_decoder, input_ids, **model_kwargs
-            )
-            return input_ids, {**model_kwargs, "mm_encoder_outputs": features}
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        images = mm_encoder_output.get("image")
+        if images is not None:
+            embeds = inputs_embeds if input_ids is None or input_ids.numel() == 0 else None
+            voco_mask = self.model.get_voco_mask(input_ids if embeds is None else None, embeds)
+            # `<voco>` tokens from each column on: those of the images at hand stand in the last columns
+            left = voco_mask.sum(0).flip(0).cumsum(0).flip(0)
+            new = left <= sum(len(image) for image in images.pooler_output)
+            input_ids = input_ids[:, new] if embeds is None else input_ids
+            inputs_embeds = None if embeds is None else embeds[:, new]
+        return super()._expand_multimodal_outputs(  # type: ignore[misc]
+            input_ids, mm_encoder_output, expand_size, inputs_embeds
+        )
 
 
 def find_new_images(

@@ -281,7 +281,7 @@ def sample_questions(rng: np.random.Generator, objects: list[SceneObject], numbe
             by_answer[answer].append(question)
         if by_answer:
             pools[family] = by_answer
-    drawn = []
+    drawn: list[tuple[str, str, str]] = []
     while len(drawn) < number:
         for family in list(pools)[: number - len(drawn)]:
             by_answer = pools[family]
