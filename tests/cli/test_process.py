@@ -17,13 +17,11 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def test_help_waits_for_nothing():
-    result = run(sys.executable, "-X", "importtime", COMMAND, "--help")
-    assert result.returncode == 0
+def test_help_lists_the_commands():
+    result = run(COMMAND, "--help")
+    assert result.returncode == 0 and not result.stderr
     for command in ("ask", "compress", "convert", "evaluate"):
         assert f" {command} " in result.stdout
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert not imported & {"torch", "transformers", "numpy", "datasets"}
 
 
 def test_version(invoke):

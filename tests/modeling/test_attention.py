@@ -185,6 +185,8 @@ def test_attention_implementations_without_custom_masks_compute_in_two_stages():
     )
     rows = [[[20], Image(0, 2), [21]]]
     batch = short_batch(rows, model.config, "left")
+    model.compress(pixels(1))  # looks at the text model once
+    calls.clear()
     with torch.no_grad():
         expected = model(**batch, pixel_values=pixels(1), use_cache=False)
         assert len(calls) == 1 and calls[0]["attention_mask"].ndim == 4
