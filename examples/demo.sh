@@ -8,14 +8,16 @@ trap 'rm -rf "$stored"' EXIT
 
 run() {
     printf '\n$ voco-llama'
-    printf ' %q' "$@" | sed "s/\\\\ / /g; s/\\\\?/?/g"
+    for argument in "$@"; do
+        case $argument in *" "*) printf ' "%s"' "$argument" ;; *) printf ' %s' "$argument" ;; esac
+    done
     printf '\n'
     voco-llama "$@"
 }
 
 echo "The picture is examples/scene.png. The model that ships with the package reads it through 1 VoCo token, not 64"
 echo "vision tokens:"
-run ask examples/scene.png "Describe the scene." --num-voco-tokens 1 --stats
+run ask examples/scene.png "What shape is at the middle right?" --num-voco-tokens 1 --stats
 run compress examples/scene.png --num-voco-tokens 2 --output "$stored/scene.safetensors"
 echo
 echo "From here on nobody needs the picture:"
