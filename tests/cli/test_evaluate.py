@@ -12,11 +12,13 @@ def evaluate(invoke, checkpoint):
     return lambda *args, **kwargs: invoke("evaluate", "--model", checkpoint, *args, **kwargs)
 
 
-def test_evaluate(evaluate, tmp_path):
+def test_evaluate(evaluate, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
     output, plot = tmp_path / "results.json", tmp_path / "results.png"
     result = evaluate("--limit", 3, "-k", "1", "2", "--batch-size", 8, "--output", output, "--plot", plot)
     assert "k=1" in result.stdout and "k=2" in result.stdout and "k=4" not in result.stdout
     assert result.stderr == ""
+    assert "comparison" in result.stdout and "…" not in result.stdout
     results = json.loads(output.read_text())
     assert (results["split"], results["num_scenes"]) == ("test", 3)
     assert set(results["accuracy"]) == {"k=1", "k=2", "uncompressed"}

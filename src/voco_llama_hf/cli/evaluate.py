@@ -16,6 +16,7 @@ from .options import DeviceOption, DtypeOption, ForceOption, ModelOption, check_
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
 PLOT_FORMATS = (".pdf", ".png", ".svg")
+TABLE_WIDTH = 120
 NUMBERS_OPTIONS = ("--num-voco-tokens", "-k")
 
 
@@ -74,6 +75,7 @@ def evaluate(
     if max(counts) > MAX_VOCO_TOKENS:
         raise UsageProblem(f"--num-voco-tokens can be at most {MAX_VOCO_TOKENS}, got {max(counts)}")
     datasets.disable_progress_bars()
+    console = Console()
     results = evaluate_scenes(
         network,
         processor,
@@ -81,9 +83,10 @@ def evaluate(
         num_voco_tokens=counts,
         batch_size=batch_size,
         limit=limit,
-        progress=Console().is_terminal,
+        progress=console.is_terminal,
     )
-    print_results(results)
+    # A narrower console would cut the numbers off, in a pipe too
+    print_results(results, Console(width=max(console.width, TABLE_WIDTH)))
     if output is not None:
         results.save(output)
     if plot is not None:
