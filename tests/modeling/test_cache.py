@@ -139,8 +139,13 @@ def test_other_safetensors_files_are_refused(cache, tmp_path):
     save_file(load_file(path), path, metadata={**metadata, "version": "9"})
     with pytest.raises(ValueError, match="version 9"):
         VoCoCache.load(path)
-    save_file(load_file(path), path, metadata={**metadata, "num_voco_tokens": json.dumps([1])})
-    with pytest.raises(ValueError, match="cannot be divided"):
+    for counts in ([1], 3, ["a"]):
+        save_file(load_file(path), path, metadata={**metadata, "num_voco_tokens": json.dumps(counts)})
+        with pytest.raises(ValueError, match="is damaged"):
+            VoCoCache.load(path)
+    del metadata["fingerprint"]
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(ValueError, match="is damaged"):
         VoCoCache.load(path)
 
 

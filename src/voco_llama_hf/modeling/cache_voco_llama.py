@@ -179,8 +179,11 @@ class VoCoCache:
             )
         if metadata.get("sha256") != _digest(tensors["keys"], tensors["values"]):
             raise ValueError(f"{path} is damaged: its content does not match its checksum")
-        counts, fingerprint = json.loads(metadata["num_voco_tokens"]), json.loads(metadata["fingerprint"])
-        return cls(tensors["keys"], tensors["values"], counts, fingerprint)
+        try:
+            counts, fingerprint = json.loads(metadata["num_voco_tokens"]), json.loads(metadata["fingerprint"])
+            return cls(tensors["keys"], tensors["values"], counts, fingerprint)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: its metadata does not describe its tensors ({error})") from error
 
 
 def check_fingerprint(made_by: dict[str, str], expected: dict[str, str], owner: str) -> None:

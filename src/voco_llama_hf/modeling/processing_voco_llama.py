@@ -20,7 +20,7 @@ class VoCoLlamaImagesKwargs(ImagesKwargs, total=False):
         VoCo tokens of every image, or of each.
     """
 
-    num_voco_tokens: int | list[int]
+    num_voco_tokens: int | list[int] | None
 
 
 class VoCoLlamaProcessorKwargs(ProcessingKwargs, total=False):
