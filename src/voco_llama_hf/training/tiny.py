@@ -28,12 +28,12 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from .. import EMBEDDED_CHECKPOINT
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .evaluation import evaluate_scenes, plot_results, print_results
 from .scenes import CANVAS, DIFFICULTIES, make_scenes
 
 
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "voco-scenes-tiny"
 WORK_DIR = Path("runs") / "voco-scenes-tiny"
 
 CHAT_TEMPLATE = """\
@@ -527,7 +527,7 @@ def model_card(summary: dict) -> str:
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")] = CHECKPOINT,
+    output_dir: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")] = Path(EMBEDDED_CHECKPOINT),
     work_dir: Annotated[Path, typer.Option(help="Folder of data, trainer checkpoints and logs.")] = WORK_DIR,
     resume: Annotated[bool, typer.Option(help="Continue what an interrupted run has left in the work folder.")] = True,
     num_proc: Annotated[int | None, typer.Option(help="Processes that draw scenes.")] = None,
