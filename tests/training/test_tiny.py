@@ -7,14 +7,15 @@ import torch
 from datasets import disable_progress_bars
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf.training import VoCoDataCollator
 from voco_llama_hf.training.scenes import COLOURS, POSITIONS, SHAPES, make_scenes
 from voco_llama_hf.training.tiny import (
     MuonWithAdamW,
     Phase,
     Recipe,
-    VoCoDataCollator,
     build_model,
     build_processor,
+    conversations,
     grid_waves,
     publish,
     train,
@@ -27,12 +28,11 @@ RECIPE = Recipe(
     num_validation_scenes=8,
     num_test_scenes=8,
     batch_size=4,
-    num_voco_tokens=(1, 2),
     vision_layers=1,
     text_layers=1,
     phases=(
-        Phase("uncompressed", 2, 1e-3, "constant_with_warmup", uncompressed_share=1.0),
-        Phase("voco", 3, 1e-3, "cosine", uncompressed_share=0.5),
+        Phase("uncompressed", 2, 1e-3, "constant_with_warmup", num_voco_tokens=(0,), describe=True),
+        Phase("voco", 3, 1e-3, "cosine", num_voco_tokens=(1, 2, 0)),
     ),
 )
 
@@ -95,34 +95,17 @@ def test_template_starts_text_with_bos(processor):
     assert render(processor, [{"role": "user", "content": "Hello"}]) == "<s>Hello\n"
 
 
-def test_answers_alone_are_trained(processor, scenes):
-    collator = VoCoDataCollator(processor, assistant_only_loss=True, num_voco_tokens=(1, 8))
-    rows = [scenes[i] for i in range(6)]
-    batch = collator([{"image": row["image"], "messages": row["messages"]} for row in rows])
-    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
+@pytest.mark.parametrize("describe", [False, True])
+def test_answers_alone_are_trained(processor, scenes, describe):
+    collator = VoCoDataCollator(processor, assistant_only_loss=True)
+    batch = collator([conversations(scenes, describe)[i] for i in range(6)])
+    for row, ids, labels in zip(scenes.select(range(6)), batch["input_ids"], batch["labels"]):
         trained = labels != -100
         assert (ids[trained] == labels[trained]).all()
         answers = processor.tokenizer.decode(labels[trained]).split("</s>")
-        assert answers == [*row["answers"], row["messages"][-1]["content"], ""]
+        assert answers == [*row["answers"], *([row["description"]] if describe else []), ""]
     assert batch["pixel_values"].shape == (6, 3, 64, 64)
     assert batch["input_ids"].dtype == torch.long
-
-
-def test_batches_draw_their_number_of_tokens_and_their_mode(processor, scenes):
-    torch.manual_seed(0)
-    collator = VoCoDataCollator(
-        processor, assistant_only_loss=True, num_voco_tokens=(1, 2, 4), uncompressed_share=0.3, pad_to_multiple_of=8
-    )
-    rows = [{"image": scenes[i]["image"], "messages": scenes[i]["messages"]} for i in range(2)]
-    batches = [collator([dict(row) for row in rows]) for _ in range(60)]
-    voco_id = processor.tokenizer.convert_tokens_to_ids("<voco>")
-    for batch in batches:
-        (k,) = set(batch["num_voco_tokens"].tolist())
-        assert ((batch["input_ids"] == voco_id).sum(-1) == k).all()
-        assert batch["input_ids"].shape[1] % 8 == 0
-    assert {batch["num_voco_tokens"][0].item() for batch in batches} == {1, 2, 4}
-    modes = [batch["attention_mode"] for batch in batches]
-    assert 5 <= modes.count("uncompressed") <= 35 and set(modes) == {"voco", "uncompressed"}
 
 
 def test_images_of_any_size_are_resized(processor, scenes):
@@ -190,7 +173,7 @@ def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
     publish(work_dir, RECIPE, output_dir)
 
     results = json.loads((output_dir / "results.json").read_text())
-    assert results["recipe"]["num_voco_tokens"] == [1, 2]
+    assert results["recipe"]["phases"][1]["num_voco_tokens"] == [1, 2, 0]
     assert set(results["test"]["accuracy"]) == {"k=1", "k=2", "uncompressed"}
     assert {"README.md", "results.png", "training.png", "model.safetensors"} <= {p.name for p in output_dir.iterdir()}
     model = VoCoLlamaForConditionalGeneration.from_pretrained(output_dir)

@@ -9,6 +9,7 @@ from .compress import compress
 from .convert import convert
 from .errors import OneLineErrors
 from .evaluate import Evaluate, evaluate
+from .train import PASS_ON, train
 
 
 app = typer.Typer(
@@ -36,3 +37,4 @@ app.command()(ask)
 app.command()(compress)
 app.command()(convert)
 app.command(cls=Evaluate)(evaluate)
+app.command(context_settings=PASS_ON)(train)

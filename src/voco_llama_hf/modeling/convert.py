@@ -88,7 +88,7 @@ AUTHORS_CHAT_TEMPLATE = """\
     {%- elif message['role'] == 'user' -%}
         {{ 'USER: ' + text + ' ' }}
     {%- else -%}
-        {{ 'ASSISTANT: ' + text + '</s>' }}
+        {{ 'ASSISTANT: ' }}{%- generation -%}{{ text + '</s>' }}{%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

@@ -199,6 +199,14 @@ class VoCoLlamaProcessor(ProcessorMixin):
         )
         return BatchFeature({**outputs, **padded}, tensor_type=text_kwargs.get("return_tensors"))
 
+    def apply_chat_template(self, *args, **kwargs):
+        """See [`~transformers.ProcessorMixin.apply_chat_template`]."""
+        if not kwargs.get("return_assistant_tokens_mask"):
+            return super().apply_chat_template(*args, **kwargs)
+        # Lists first: transformers walks over the offsets of every token, which takes long for tensors
+        return_tensors = kwargs.pop("return_tensors", None)
+        return super().apply_chat_template(*args, **kwargs).convert_to_tensors(return_tensors)
+
     def to_dict(self) -> dict:
         # AutoProcessor looks here first, and finds the code without a model next to it
         return {**super().to_dict(), "auto_map": {"AutoProcessor": f"processing_voco_llama.{type(self).__name__}"}}

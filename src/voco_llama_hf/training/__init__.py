@@ -1,1 +1,21 @@
 """Training and evaluation; needs the `train` extra."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .sft_config import VoCoSFTConfig
+    from .sft_trainer import VoCoDataCollator, VoCoSFTTrainer
+
+MODULES = {"VoCoSFTConfig": "sft_config", "VoCoDataCollator": "sft_trainer", "VoCoSFTTrainer": "sft_trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    # TRL takes seconds to import, which evaluation need not wait for
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+
+
+__all__ = ["VoCoDataCollator", "VoCoSFTConfig", "VoCoSFTTrainer"]

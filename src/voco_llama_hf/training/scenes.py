@@ -62,6 +62,7 @@ FEATURES = Features(
     {
         "image": Image(),
         "messages": List({"role": Value("string"), "content": Value("string")}),
+        "description": Value("string"),
         "difficulty": Value("string"),
         "families": List(Value("string")),
         "questions": List(Value("string")),
@@ -307,16 +308,15 @@ def make_scene(
     difficulty = "dense" if rng.random() < dense_share else "sparse"
     objects = sample_objects(rng, difficulty)
     families, questions, answers = zip(*sample_questions(rng, objects, questions_per_scene), strict=True)
-    # Last, where it gives no answer away: every object is worth many questions
-    pairs = [*zip(questions, answers, strict=True), (DESCRIBE, describe(objects))]
     turns = [
         {"role": role, "content": text}
-        for pair in pairs
+        for pair in zip(questions, answers, strict=True)
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     return {
         "image": render(rng, objects, split),
         "messages": turns,
+        "description": describe(objects),
         "difficulty": difficulty,
         "families": list(families),
         "questions": list(questions),
@@ -348,14 +348,14 @@ def make_scenes(
         dense_share (`float`, *optional*, defaults to 0.5):
             Share of scenes with 5 to 9 objects; the others have 1 to 4.
         questions_per_scene (`int`, *optional*, defaults to 7):
-            Number of questions about each image, all in one conversation, which a description of the scene ends.
+            Number of questions about each image, all in one conversation.
         num_proc (`int`, *optional*):
             Number of processes.
 
     Returns:
         [`~datasets.Dataset`]: columns `image` (64x64 RGB), `messages` (one conversation in the format TRL takes:
-        `questions_per_scene` questions and answers, and last a description of the scene), `difficulty`, `families`,
-        `questions`, `answers` (one entry a question) and `objects` (what is in the picture).
+        `questions_per_scene` questions and answers), `description` (all objects in one sentence), `difficulty`,
+        `families`, `questions`, `answers` (one entry a question) and `objects` (what is in the picture).
     """
     options = {"seed": seed, "dense_share": dense_share, "questions_per_scene": questions_per_scene}
     return Dataset.from_dict({"index": range(num_scenes)}).map(

@@ -24,14 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
-from trl.data_utils import prepare_multimodal_messages
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .. import EMBEDDED_CHECKPOINT
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .evaluation import evaluate_scenes, plot_results, print_results
-from .scenes import CANVAS, DIFFICULTIES, make_scenes
+from .muon import MuonMixin
+from .scenes import CANVAS, DESCRIBE, DIFFICULTIES, make_scenes
+from .sft_config import VoCoSFTConfig
+from .sft_trainer import VoCoSFTTrainer
+from .vision import train_vision_tower
 
 
 WORK_DIR = Path("runs") / "voco-scenes-tiny"
@@ -101,9 +102,9 @@ By family of questions: `results.json`, `results.png`. A family whose score is n
 
 ## Training
 
-`make train-tiny` reproduces it: `voco_llama_hf.training.tiny` draws the scenes, trains the tokenizer and then the
-model, first on uncompressed images, then under the VoCo mask with the number of VoCo tokens drawn anew for every batch
-and a share of uncompressed batches. The handwritten digits are those of scikit-learn's `load_digits`; the splits share
+`make train-tiny` reproduces it: `voco_llama_hf.training.tiny` draws the scenes, trains the tokenizer, teaches the vision
+tower to name what lies on each patch, and then trains the model: first on uncompressed images, then under the VoCo mask
+with the number of VoCo tokens drawn anew for every step, and a share of uncompressed steps. The handwritten digits are those of scikit-learn's `load_digits`; the splits share
 none.
 
 ![loss and accuracy over the steps](training.png)
@@ -120,119 +121,50 @@ class Phase:
         steps (`int`): Number of optimizer steps.
         learning_rate (`float`): Peak learning rate.
         scheduler (`str`): Learning rate schedule after the warmup.
-        uncompressed_share (`float`): Share of steps that read the vision tokens themselves.
+        num_voco_tokens (`tuple[int, ...]`): Numbers of VoCo tokens to draw from; 0 reads the uncompressed image.
+        describe (`bool`): Whether a description of the scene ends every conversation. It teaches to see, but outweighs
+            the questions.
     """
 
     name: str
     steps: int
     learning_rate: float
     scheduler: str
-    uncompressed_share: float
+    num_voco_tokens: tuple[int, ...]
+    describe: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what is trained."""
 
-    num_train_scenes: int = 40_000
+    num_train_scenes: int = 160_000
     num_validation_scenes: int = 300
     num_test_scenes: int = 600
-    questions_per_scene: int = 5
-    dense_share: float = 0.35
+    questions_per_scene: int = 8
+    dense_share: float = 0.3
     batch_size: int = 32
-    num_voco_tokens: tuple[int, ...] = (1, 2, 4, 8)
+    vision_batch_size: int = 64
+    vision_steps: int = 2000
     vision_layers: int = 4
     text_layers: int = 6
     seed: int = 0
     phases: tuple[Phase, ...] = field(
         default=(
-            Phase("uncompressed", 1200, 2e-3, "constant_with_warmup", uncompressed_share=1.0),
-            Phase("voco", 1900, 2e-3, "cosine", uncompressed_share=0.25),
+            Phase("description", 400, 2e-3, "constant_with_warmup", num_voco_tokens=(0,), describe=True),
+            Phase("uncompressed", 1500, 7e-4, "constant_with_warmup", num_voco_tokens=(0,)),
+            Phase("voco", 3000, 7e-4, "cosine", num_voco_tokens=(1, 1, 2, 2, 4, 8, 0, 0)),
         )
     )
 
-
-class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
-    """
-    Draws the number of VoCo tokens of a batch, and whether the batch is read uncompressed.
-
-    Args:
-        num_voco_tokens (`tuple[int, ...]`): Numbers of VoCo tokens, all equally likely.
-        uncompressed_share (`float`): Share of batches with `attention_mode="uncompressed"`.
-        kwargs: Those of [`~trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`].
-    """
-
-    def __init__(self, *args, num_voco_tokens: tuple[int, ...], uncompressed_share: float = 0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.num_voco_tokens = num_voco_tokens
-        self.uncompressed_share = uncompressed_share
-
-    def torch_call(self, examples: list[dict]) -> dict:
-        """Returns the processor's batch with `labels` (-100 but at answers) and `attention_mode`."""
-        # Lists first: transformers walks over the offsets of every token, which is slow for tensors
-        batch = self.processor.apply_chat_template(
-            [prepare_multimodal_messages(example["messages"], images=[example["image"]]) for example in examples],
-            tokenize=True,
-            return_dict=True,
-            return_tensors=None,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={
-                "num_voco_tokens": self.num_voco_tokens[int(torch.randint(len(self.num_voco_tokens), ()))],
-                "padding": True,
-                "padding_side": "right",
-                "pad_to_multiple_of": self.pad_to_multiple_of,
-                "add_special_tokens": False,
-            },
-        ).convert_to_tensors("pt")
-        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
-        uncompressed = torch.rand(()) < self.uncompressed_share
-        batch["attention_mode"] = "uncompressed" if uncompressed else "voco"
-        return batch
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """The numbers of VoCo tokens that the finished model was trained for."""
+        return tuple(sorted(set(self.phases[-1].num_voco_tokens) - {0}))
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """
-    Muon for the matrices inside the layers, AdamW for everything else: on the scenes it learns to look at the image in
-    far fewer steps than AdamW alone.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Model whose parameters are optimized.
-        lr (`float`): Learning rate of both.
-        weight_decay (`float`): Weight decay of the matrices.
-    """
-
-    def __init__(self, model: PreTrainedModel, lr: float, weight_decay: float):
-        head = model.get_output_embeddings()
-        matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        known = set(map(id, matrices))
-        others = [p for p in model.parameters() if id(p) not in known]
-        self.parts = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-        )
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-
-class MuonSFTTrainer(SFTTrainer):
-    """[`~trl.SFTTrainer`] with [`MuonWithAdamW`]."""
-
-    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
-        return self.optimizer
+class MuonSFTTrainer(MuonMixin, VoCoSFTTrainer):
+    """[`VoCoSFTTrainer`] with [`MuonWithAdamW`]."""
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -329,6 +261,19 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
     return torch.cat([waves[rows], waves[columns]], dim=-1)
 
 
+def conversations(scenes: Dataset, describe: bool) -> Dataset:
+    """What is asked and answered about each image, perhaps with a description behind: there it gives nothing away."""
+
+    def described(rows: dict[str, list]) -> dict[str, list]:
+        messages = [
+            [*turns, {"role": "user", "content": DESCRIBE}, {"role": "assistant", "content": description}]
+            for turns, description in zip(rows["messages"], rows["description"], strict=True)
+        ]
+        return {"image": rows["image"], "messages": messages}
+
+    return scenes.with_transform(described) if describe else scenes.select_columns(["image", "messages"])
+
+
 def train_phase(
     model: PreTrainedModel,
     processor: VoCoLlamaProcessor,
@@ -339,21 +284,25 @@ def train_phase(
 ) -> list[dict]:
     """Trains `model` in place, from the last checkpoint of the phase where there is one. Returns the trainer's log."""
     output_dir = work_dir / phase.name
-    every = max(1, phase.steps // 4)
-    args = SFTConfig(
+    every = min(250, max(1, phase.steps // 2))
+    validation = scenes["validation"].select(range(min(128, len(scenes["validation"]))))
+    args = VoCoSFTConfig(
         output_dir=str(output_dir),
         max_steps=phase.steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         learning_rate=phase.learning_rate,
         lr_scheduler_type=phase.scheduler,
-        warmup_steps=min(200, phase.steps // 5),
+        warmup_steps=min(100, phase.steps // 5),
         weight_decay=0.05,
         bf16=True,
-        use_cpu=True,
         gradient_checkpointing=False,
+        remove_unused_columns=False,
+        num_voco_tokens=list(phase.num_voco_tokens),
+        freeze=[],
         assistant_only_loss=True,
         max_length=None,
+        pad_to_multiple_of=8,
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
         dataloader_pin_memory=False,
@@ -365,19 +314,11 @@ def train_phase(
         seed=recipe.seed,
         report_to="none",
     )
-    collator = VoCoDataCollator(
-        processor,
-        assistant_only_loss=True,
-        pad_to_multiple_of=8,
-        num_voco_tokens=recipe.num_voco_tokens,
-        uncompressed_share=phase.uncompressed_share,
-    )
     trainer = MuonSFTTrainer(
         model,
         args,
-        train_dataset=scenes["train"],
-        eval_dataset=scenes["validation"].select(range(min(128, len(scenes["validation"])))),
-        data_collator=collator,
+        train_dataset=conversations(scenes["train"], phase.describe),
+        eval_dataset=conversations(validation, phase.describe),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if output_dir.exists() else None)
@@ -414,29 +355,57 @@ def train(recipe: Recipe, work_dir: Path, num_proc: int | None = None, compile: 
     """
     scenes = prepare_scenes(recipe, work_dir, num_proc)
     processor = build_processor(scenes["train"])
-    model = build_model(processor, recipe)
-    if compile:
-        for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
-            layer.compile(dynamic=True)
-    for phase in recipe.phases:
-        final = final_dir(work_dir, phase)
-        if final.exists():
-            done = VoCoLlamaForConditionalGeneration.from_pretrained(final, dtype=torch.float32)
-            model.load_state_dict(done.state_dict())
-            continue
+    previous = final_dir(work_dir, "vision")
+    if not previous.exists():
+        model = build_model(processor, recipe)
+        if compile:
+            compile_layers(model)
         start = time.monotonic()
-        log = train_phase(model, processor, scenes, recipe, phase, work_dir)
-        summary = {"phase": asdict(phase), "seconds": time.monotonic() - start, "log": log}
-        part = final.with_suffix(".part")
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-        (part / "log.json").write_text(json.dumps(summary))
-        part.rename(final)
+        log = train_vision_tower(
+            model.model.vision_tower,
+            processor.image_processor,
+            scenes,
+            steps=recipe.vision_steps,
+            batch_size=recipe.vision_batch_size,
+            seed=recipe.seed,
+            output_dir=work_dir / "vision",
+        )
+        summary = {"name": "vision", "steps": recipe.vision_steps, "seconds": time.monotonic() - start, "log": log}
+        save_phase(model, processor, summary, previous)
+    for phase in recipe.phases:
+        final = final_dir(work_dir, phase.name)
+        if not final.exists():
+            # A new one each time: accelerate's mixed precision stays off for a model that it has prepared before
+            model = build_model(processor, recipe)
+            trained = VoCoLlamaForConditionalGeneration.from_pretrained(previous, dtype=torch.float32)
+            model.load_state_dict(trained.state_dict())
+            if compile:
+                compile_layers(model)
+            start = time.monotonic()
+            log = train_phase(model, processor, scenes, recipe, phase, work_dir)
+            summary = {"name": phase.name, "steps": phase.steps, "seconds": time.monotonic() - start, "log": log}
+            save_phase(model, processor, summary, final)
+        previous = final
 
 
-def final_dir(work_dir: Path, phase: Phase) -> Path:
+def final_dir(work_dir: Path, name: str) -> Path:
     """Folder of the model, the processor and the log at the end of a phase."""
-    return work_dir / f"{phase.name}-final"
+    return work_dir / f"{name}-final"
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles the layers of the language model and of the vision tower in place."""
+    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+        layer.compile(dynamic=True)
+
+
+def save_phase(model: PreTrainedModel, processor: VoCoLlamaProcessor, summary: dict, final: Path) -> None:
+    """Writes what a phase has left, all or nothing."""
+    part = final.with_suffix(".part")
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    (part / "log.json").write_text(json.dumps(summary))
+    part.rename(final)
 
 
 def plot_training(logs: list[dict], path: Path) -> None:
@@ -448,14 +417,15 @@ def plot_training(logs: list[dict], path: Path) -> None:
     for i, log in enumerate(logs):
         train = [(start + entry["step"], entry["loss"]) for entry in log["log"] if "loss" in entry]
         valid = [
-            (start + entry["step"], 100 * entry["eval_mean_token_accuracy"])
+            (start + entry["step"], 100 * entry[key])
             for entry in log["log"]
-            if "eval_mean_token_accuracy" in entry
+            for key in ("eval_mean_token_accuracy", "eval_patch_accuracy")
+            if key in entry
         ]
-        panel.plot(*zip(*train, strict=True), color=f"C{i}", label=f"{log['phase']['name']}: training loss")
-        label = f"{log['phase']['name']}: validation accuracy of answer tokens"
+        panel.plot(*zip(*train, strict=True), color=f"C{i}", label=f"{log['name']}: training loss")
+        label = f"{log['name']}: validation accuracy"
         accuracy.plot(*zip(*valid, strict=True), color=f"C{i}", linestyle="--", marker=".", label=label)
-        start += log["phase"]["steps"]
+        start += log["steps"]
     panel.set(xlabel="step", ylabel="loss (lines)", yscale="log")
     accuracy.set(ylabel="accuracy, % (dashed)", ylim=(0, 101))
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -468,20 +438,23 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
 
     Everything is written aside first, so an interrupted call leaves an older checkpoint as it was.
     """
-    finals = [final_dir(work_dir, phase) for phase in recipe.phases]
+    finals = [final_dir(work_dir, name) for name in ("vision", *(phase.name for phase in recipe.phases))]
     trained, logs = finals[-1], [json.loads((final / "log.json").read_text()) for final in finals]
     part = output_dir.with_name(f".{output_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     processor = VoCoLlamaProcessor.from_pretrained(trained)
     VoCoLlamaForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(part)
     processor.save_pretrained(part)
+    for code in part.glob("*.py"):
+        code.unlink()  # this package is the code
+    (part / "model.safetensors").chmod(0o644)
 
     # What is measured is what is shipped, in the precision that is the same everywhere
     model = VoCoLlamaForConditionalGeneration.from_pretrained(part, dtype=torch.float32).eval()
     splits = {"validation": recipe.num_validation_scenes, "test": recipe.num_test_scenes}
     results = {
         split: evaluate_scenes(
-            model, processor, split, recipe.num_voco_tokens, shuffled=split == "test", limit=number, seed=recipe.seed
+            model, processor, split, recipe.token_counts, shuffled=split == "test", limit=number, seed=recipe.seed
         )
         for split, number in splits.items()
     }

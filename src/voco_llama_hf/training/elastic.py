@@ -1,0 +1,52 @@
+"""Elastic training: a batch is collated with the most VoCo tokens an image may have, and cut down at the step."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+
+def draw_num_voco_tokens(choices: list[int], seed: int, step: int) -> int:
+    """One of `choices`, which depends on seed and step alone: the same on every process, and after a resume."""
+    return random.Random(f"{seed}/{step}").choice(choices)
+
+
+def keep_voco_tokens(
+    batch: dict[str, torch.Tensor], num_voco_tokens: int, voco_token_id: int, pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """
+    Takes all but the first `num_voco_tokens` VoCo tokens of every image out of a batch.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Output of the processor: `input_ids`, `attention_mask`, perhaps `labels`, all `(batch_size,
+            sequence_length)`, and `num_voco_tokens`, one number an image. What is a sequence shorter is padded on the
+            right.
+
+    Raises:
+        ValueError: if an image has fewer VoCo tokens than are to be kept.
+    """
+    counts = batch["num_voco_tokens"]
+    if (counts < num_voco_tokens).any():
+        raise ValueError(
+            f"the batch was collated with {int(counts.min())} VoCo tokens an image, fewer than the {num_voco_tokens} "
+            "of this step: let the data collator make the largest number of num_voco_tokens"
+        )
+    if (counts == num_voco_tokens).all():
+        return batch
+    ids = batch["input_ids"]
+    is_voco = ids == voco_token_id
+    first = counts.cumsum(0) - counts
+    place = torch.arange(int(is_voco.sum()), device=ids.device) - first.repeat_interleave(counts)
+    dropped = torch.zeros_like(is_voco).masked_scatter(is_voco, place >= num_voco_tokens)
+    order = dropped.long().argsort(dim=-1, stable=True)
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    moved = {
+        name: batch[name].masked_fill(dropped, value).gather(1, order)
+        for name, value in padding.items()
+        if name in batch
+    }
+    length = int(moved["attention_mask"].any(0).nonzero().max()) + 1
+    shorter = {name: values[:, :length] for name, values in moved.items()}
+    return {**batch, **shorter, "num_voco_tokens": torch.full_like(counts, num_voco_tokens)}

@@ -1,0 +1,52 @@
+"""An optimizer that learns small models in few steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """
+    Muon for the matrices inside the layers, AdamW for everything else: on the scenes it learns to look at the image in
+    far fewer steps than AdamW alone.
+
+    Args:
+        model (`torch.nn.Module`): Model whose parameters are optimized; its output embeddings are left to AdamW.
+        lr (`float`): Learning rate of both.
+        weight_decay (`float`): Weight decay of the matrices.
+    """
+
+    def __init__(self, model: Any, lr: float, weight_decay: float):
+        head = model.get_output_embeddings()
+        matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        known = set(map(id, matrices))
+        others = [p for p in model.parameters() if id(p) not in known]
+        self.parts = (
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+class MuonMixin:
+    """Gives a trainer [`MuonWithAdamW`]."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
+        return self.optimizer

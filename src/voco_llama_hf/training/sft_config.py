@@ -1,0 +1,80 @@
+"""Configuration of [`VoCoSFTTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+
+@dataclass
+class VoCoSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`VoCoSFTTrainer`]: that of [`~trl.SFTConfig`], and
+
+    Parameters:
+        num_voco_tokens (`list[int]`, *optional*):
+            Numbers of VoCo tokens of an image, one of which is drawn for every optimizer step, the same on every
+            process; 0 stands for a step that reads the uncompressed image, and a number that is listed twice is drawn
+            twice as often. Evaluation uses the first number, and so do the saved model and processor by default.
+            Unset, every step uses `model.config.num_voco_tokens`.
+        freeze (`list[str]`, *optional*, defaults to `["vision_tower"]`):
+            Names of the modules that are not trained, as they stand in the names of the parameters.
+        distillation_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the attention distillation (paper, Eq. 5) against the next-token loss:
+            `(1 - weight) * nll + weight * temperature**2 * KL(teacher || student)`, both over answer tokens.
+        distillation_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of both distributions in the divergence.
+        teacher (`str`, *optional*, defaults to `"self"`):
+            Who reads the uncompressed image: `"self"` is the model as it is at the step, without a gradient;
+            `"adapter"` the same model with its PEFT adapters disabled; anything else the folder or Hub id of a
+            VoCo-LLaMA or LLaVA model with the same tokenizer.
+
+    Raises:
+        ValueError: if a number, weight or temperature is out of its range.
+    """
+
+    num_voco_tokens: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers of VoCo tokens, one of which is drawn for every optimizer step; 0 stands for a step that "
+            "reads the uncompressed image. The first is the default of the saved model.",
+            "nargs": "+",
+        },
+    )
+    freeze: list[str] = field(
+        default_factory=lambda: ["vision_tower"],
+        metadata={"help": "Names of the modules that are not trained.", "nargs": "*"},
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the attention distillation against the next-token loss, 0 to 1."}
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of teacher and student in the distillation."}
+    )
+    teacher: str = field(
+        default="self",
+        metadata={
+            "help": "Teacher of the distillation: 'self', 'adapter' (adapters disabled) or the path of a model."
+        },
+    )
+
+    def __post_init__(self):
+        # Without an accelerator there is no other device, but TRL's default of bfloat16 asks for it to be said
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        if isinstance(self.num_voco_tokens, int):
+            self.num_voco_tokens = [self.num_voco_tokens]
+        if isinstance(self.freeze, str):
+            self.freeze = [self.freeze]
+        if self.num_voco_tokens is not None and (not self.num_voco_tokens or min(self.num_voco_tokens) < 0):
+            raise ValueError(f"num_voco_tokens takes numbers from 0 on, at least one, got {self.num_voco_tokens}")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight must lie between 0 and 1, got {self.distillation_weight}")
+        if self.distillation_temperature <= 0:
+            raise ValueError(f"distillation_temperature must be above 0, got {self.distillation_temperature}")
+
+
+__all__ = ["VoCoSFTConfig"]

@@ -1,0 +1,260 @@
+"""Supervised fine-tuning under the VoCo mask: TRL's trainer, elastic in the number of tokens, with distillation."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.models import prepare_deepspeed
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from .distillation import Reading, bare, kl_divergence, load_teacher, on_last_hidden_states, read_uncompressed
+from .elastic import draw_num_voco_tokens, keep_voco_tokens
+from .sft_config import VoCoSFTConfig
+
+
+class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
+    """TRL's collator; `<voco>` tokens are never labels, since no text is followed by an image that could be told."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == self.processor.image_token_id, -100)
+        return batch
+
+
+class VoCoSFTTrainer(SFTTrainer):
+    """
+    Trains a [`VoCoLlamaForConditionalGeneration`]. Data sets, arguments and behaviour are those of
+    [`~trl.SFTTrainer`]; what [`VoCoSFTConfig`] adds is done here.
+
+    With a `peft_config`, the embedding of `<voco>` is trained along with the adapters.
+
+    Args:
+        model (`str`, [`VoCoLlamaForConditionalGeneration`] or [`~peft.PeftModel`]):
+            Model to train, or its folder or Hub id.
+        args ([`VoCoSFTConfig`], *optional*):
+            Configuration.
+        processing_class ([`VoCoLlamaProcessor`], *optional*):
+            Processor; that of the model's folder by default.
+        teacher_model ([`VoCoLlamaForConditionalGeneration`], *optional*):
+            Teacher of the distillation, instead of the one that `args.teacher` names.
+        kwargs:
+            Those of [`~trl.SFTTrainer`].
+
+    Raises:
+        TypeError: if `args` is no [`VoCoSFTConfig`].
+        ValueError: if `args.freeze` names nothing in the model, or the teacher does not fit.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from voco_llama_hf.training import VoCoSFTConfig, VoCoSFTTrainer
+
+    >>> trainer = VoCoSFTTrainer(
+    ...     model="path/to/converted-llava",
+    ...     args=VoCoSFTConfig(num_voco_tokens=[1, 2, 4, 8, 0], distillation_weight=0.5),
+    ...     train_dataset=load_dataset("trl-lib/llava-instruct-mix", split="train"),
+    ... )
+    >>> trainer.train()
+    ```"""
+
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "voco-llama"]
+    _name = "VoCo-SFT"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: VoCoSFTConfig | None = None,
+        data_collator: Any = None,
+        processing_class: VoCoLlamaProcessor | None = None,
+        teacher_model: PreTrainedModel | None = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            args = VoCoSFTConfig("voco-llama-sft")
+        if not isinstance(args, VoCoSFTConfig):
+            raise TypeError(f"args must be a VoCoSFTConfig, got {type(args).__name__}")
+        if isinstance(model, str):
+            model = load_student(model, args, quantization_config)
+        if processing_class is None:
+            processing_class = VoCoLlamaProcessor.from_pretrained(bare(model).config._name_or_path)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            peft_config=None if peft_config is None else with_voco_embedding(peft_config, bare(model)),
+            **kwargs,
+        )
+        freeze(self.model, args.freeze)
+        if args.num_voco_tokens is not None and args.num_voco_tokens[0] > 0:
+            self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.num_voco_tokens[0]
+        if data_collator is None and self._is_vision_dataset:
+            self.data_collator = self._widest_collator(self.data_collator)
+        self.teacher_model = self._prepare_teacher(teacher_model) if args.distillation_weight > 0 else None
+        if self.accelerator.is_main_process:
+            print_trainable_parameters(self.model)
+
+    def _widest_collator(self, collator: DataCollatorForVisionLanguageModeling) -> VoCoDataCollator:
+        """A collator that makes as many VoCo tokens as any step may ask for."""
+        options = {field.name: getattr(collator, field.name) for field in fields(collator)}
+        options["processor"] = copy.copy(self.processing_class)
+        if self.args.num_voco_tokens is not None:
+            options["processor"].num_voco_tokens = max(1, *self.args.num_voco_tokens)
+        return VoCoDataCollator(**options)
+
+    def _prepare_teacher(self, teacher: PreTrainedModel | None) -> torch.nn.Module | None:
+        """The teacher as a model of its own, or `None` where the student is."""
+        if teacher is None:
+            if self.args.teacher == "adapter" and not isinstance(self.model, PeftModel):
+                raise ValueError('teacher="adapter" needs a model with PEFT adapters: pass a peft_config')
+            if self.args.teacher in ("self", "adapter"):
+                return None
+            teacher = load_teacher(self.args.teacher, bare(self.model).config, dtype=bare(self.model).dtype)
+        teacher.requires_grad_(False)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        choices = self.args.num_voco_tokens
+        if choices is None or "num_voco_tokens" not in inputs:
+            return inputs
+        drawn = choices[0]
+        if self.model.training:
+            drawn = draw_num_voco_tokens(choices, self.args.seed, self.state.global_step)
+        tokenizer = self._tokenizer
+        voco_token_id = bare(self.model).config.voco_token_id
+        inputs = keep_voco_tokens(inputs, max(1, drawn), voco_token_id, tokenizer.pad_token_id)
+        if drawn == 0:
+            inputs["attention_mode"] = "uncompressed"
+        return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # A model teaches itself nothing about what it reads uncompressed anyway
+        is_own_reading = inputs.get("attention_mode") == "uncompressed" and self.args.teacher == "self"
+        if self.args.distillation_weight == 0 or (is_own_reading and self.teacher_model is None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        teacher = self._read_as_teacher(model, inputs)
+        student = bare(self.accelerator.unwrap_model(model))
+        sums: list[torch.Tensor] = []
+
+        def compare(hidden_states: torch.Tensor) -> None:
+            reading = Reading(hidden_states, student.get_output_embeddings())
+            sums.append(kl_divergence(reading, teacher, inputs["labels"], self.args.distillation_temperature))
+
+        with on_last_hidden_states(student, compare):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        nll = result[0] if return_outputs else result
+        num_scored = (inputs["labels"][:, 1:] != -100).sum()
+        scale = self._scale(num_scored, num_items_in_batch)
+        self._log_parts(nll / scale, sums[0], num_scored)
+        weight = self.args.distillation_weight
+        loss = (1 - weight) * nll + weight * self.args.distillation_temperature**2 * scale * sums[0]
+        return (loss, result[1]) if return_outputs else loss
+
+    def _scale(self, num_scored: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+        """What TRL multiplies a sum over tokens with to get the loss of a process."""
+        if num_items_in_batch is None:
+            return 1 / num_scored.clamp(min=1)
+        num_processes = self.accelerator.num_processes // self.get_tp_size()
+        return (num_processes if self.args.average_tokens_across_devices else 1) / num_items_in_batch
+
+    def _read_as_teacher(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Reading:
+        if self.teacher_model is not None:
+            teacher = self.accelerator.unwrap_model(self.teacher_model)
+            return read_uncompressed(self.teacher_model, teacher, inputs, without_adapters=False)
+        student = self.accelerator.unwrap_model(model)
+        return read_uncompressed(model, student, inputs, without_adapters=self.args.teacher == "adapter")
+
+    def _log_parts(self, nll: torch.Tensor, divergence: torch.Tensor, num_scored: torch.Tensor) -> None:
+        """Both parts of the loss, given as sums over the tokens of a process, as means over those of all."""
+        sums = torch.stack([nll.detach().float(), divergence.detach().float(), num_scored.float()])
+        nll_sum, divergence_sum, number = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["nll_loss"].append(nll_sum / max(1, number))
+        metrics["distillation_loss"].append(divergence_sum / max(1, number))
+
+
+def load_student(path: str, args: VoCoSFTConfig, quantization_config: Any) -> VoCoLlamaForConditionalGeneration:
+    """
+    Loads the model as TRL loads one by its name, in float32 unless `args.model_init_kwargs` says otherwise.
+
+    Raises:
+        ValueError: if it is not a VoCo-LLaMA.
+    """
+    model_type = VoCoLlamaConfig.get_config_dict(path)[0].get("model_type")
+    if model_type != VoCoLlamaConfig.model_type:
+        raise ValueError(f"{path} is a {model_type} model: make it a VoCo-LLaMA with voco-llama convert first")
+    options = {"dtype": "float32", **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = None
+    return VoCoLlamaForConditionalGeneration.from_pretrained(path, quantization_config=quantization_config, **options)
+
+
+def with_voco_embedding(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """A copy that trains the embedding of `<voco>` too, unless the embeddings are trained anyway."""
+    peft_config = copy.deepcopy(peft_config)
+    if "embed_tokens" not in (peft_config.modules_to_save or ()):
+        indices = peft_config.trainable_token_indices or {}
+        if isinstance(indices, list):
+            indices = {"embed_tokens": indices}
+        own = indices.get("embed_tokens", [])
+        peft_config.trainable_token_indices = {
+            **indices,
+            "embed_tokens": [*own, *({model.config.voco_token_id} - set(own))],
+        }
+    return peft_config
+
+
+def freeze(model: torch.nn.Module, names: list[str]) -> None:
+    """
+    Takes the parameters with one of `names` in their dotted name out of the training.
+
+    Raises:
+        ValueError: if a name fits no parameter.
+    """
+    parameters = dict(model.named_parameters())
+    for frozen in names:
+        found = [parameter for name, parameter in parameters.items() if f".{frozen}." in f".{name}."]
+        if not found:
+            modules = sorted({name.rsplit(".", 1)[0] for name, _ in bare(model).model.named_children()})
+            raise ValueError(f"freeze names {frozen!r}, which is no part of the model: it has {', '.join(modules)}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+def print_trainable_parameters(model: torch.nn.Module, console: Console | None = None) -> None:
+    """Prints how much of each part of the model is trained."""
+    model = bare(model)
+    parts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        path = name.removeprefix("model.").split(".")
+        part = ".".join(path[:2]) if path[0] == "language_model" else path[0]
+        count = parts.setdefault(part, [0, 0])
+        count[0] += parameter.numel()
+        count[1] += parameter.numel() if parameter.requires_grad else 0
+    table = Table(title="Trained parameters")
+    table.add_column("module")
+    for heading in ("parameters", "trained", "share"):
+        table.add_column(heading, justify="right")
+    totals = [sum(count[i] for count in parts.values()) for i in range(2)]
+    for part, (total, trained) in {**parts, "all": totals}.items():
+        if part == "all":
+            table.add_section()
+        table.add_row(part, f"{total:,}", f"{trained:,}", f"{100 * trained / total:.1f} %")
+    (console or Console(stderr=True)).print(table)
+
+
+__all__ = ["VoCoDataCollator", "VoCoSFTTrainer"]

@@ -1,0 +1,157 @@
+"""Pretraining of the vision tower on the scenes: every patch says what lies on it. LLaVA's is pretrained, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from transformers import BaseImageProcessor, CLIPVisionModel, Trainer, TrainingArguments
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.trainer_utils import get_last_checkpoint
+
+from .muon import MuonMixin
+from .scenes import CANVAS, COLOURS, SHAPES, SIZES
+
+
+# What a patch can show; the index after the last one is the background
+ATTRIBUTES = {"colour": tuple(COLOURS), "name": (*SHAPES, *map(str, range(10))), "size": tuple(SIZES)}
+
+
+class PatchClassifier(torch.nn.Module):
+    """
+    A vision tower with a linear head on every patch.
+
+    Args:
+        vision_tower ([`~transformers.CLIPVisionModel`]): The tower, which is trained in place.
+    """
+
+    def __init__(self, vision_tower: CLIPVisionModel):
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.sizes = [len(values) + 1 for values in ATTRIBUTES.values()]
+        self.head = torch.nn.Linear(vision_tower.config.hidden_size, sum(self.sizes))
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> TokenClassifierOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Preprocessed images.
+            labels (`torch.LongTensor` of shape `(batch_size, patches, 3)`): See [`patch_labels`].
+
+        Returns:
+            [`~transformers.modeling_outputs.TokenClassifierOutput`]: `logits` is `(batch_size, patches, 3)`, the class
+            that is most likely.
+        """
+        patches = self.vision_tower(pixel_values).last_hidden_state[:, 1:]
+        parts = self.head(patches).float().split(self.sizes, dim=-1)
+        losses = [cross_entropy(part.flatten(0, 1), labels[..., i].flatten()) for i, part in enumerate(parts)]
+        return TokenClassifierOutput(
+            loss=torch.stack(losses).sum(), logits=torch.stack([part.argmax(-1) for part in parts], dim=-1)
+        )
+
+
+def patch_labels(objects: list[dict[str, Any]], patch_size: int) -> np.ndarray:
+    """Classes of the attributes at the middle of every patch, rows first: `(patches, 3)`."""
+    middles = np.arange(CANVAS // patch_size) * patch_size + patch_size // 2
+    labels = np.empty((len(middles), len(middles), len(ATTRIBUTES)), dtype=np.int64)
+    labels[:] = [len(values) for values in ATTRIBUTES.values()]
+    for o in objects:
+        rows, columns = ((middles >= o[edge]) & (middles < o[edge] + o["pixels"]) for edge in ("top", "left"))
+        labels[np.ix_(rows, columns)] = [values.index(o[name]) for name, values in ATTRIBUTES.items()]
+    return labels.reshape(-1, len(ATTRIBUTES))
+
+
+class PatchCollator:
+    """
+    Makes batches for [`PatchClassifier`] out of rows of the scenes.
+
+    Args:
+        image_processor ([`~transformers.BaseImageProcessor`]): Image processor of the tower.
+        patch_size (`int`): Side of a patch in pixels.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, patch_size: int):
+        self.image_processor = image_processor
+        self.patch_size = patch_size
+
+    def __call__(self, scenes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = self.image_processor(images=[scene["image"] for scene in scenes], return_tensors="pt").pixel_values
+        labels = np.stack([patch_labels(scene["objects"], self.patch_size) for scene in scenes])
+        return {"pixel_values": pixels, "labels": torch.from_numpy(labels)}
+
+
+def patch_accuracy(prediction: Any) -> dict[str, float]:
+    """Share of the patches on objects all of whose attributes are recognised."""
+    classes, labels = prediction
+    on_object = labels[..., 0] != len(ATTRIBUTES["colour"])
+    return {"patch_accuracy": float((classes == labels)[on_object].all(-1).mean())}
+
+
+class MuonTrainer(MuonMixin, Trainer):
+    """[`~transformers.Trainer`] with [`MuonWithAdamW`]."""
+
+
+def train_vision_tower(
+    vision_tower: CLIPVisionModel,
+    image_processor: BaseImageProcessor,
+    scenes: dict[str, Dataset],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    output_dir: Path,
+) -> list[dict]:
+    """
+    Trains a vision tower in place, from the last checkpoint in `output_dir` where there is one.
+
+    Args:
+        vision_tower ([`~transformers.CLIPVisionModel`]): The tower.
+        image_processor ([`~transformers.BaseImageProcessor`]): Its image processor.
+        scenes (`dict[str, Dataset]`): Splits `"train"` and `"validation"` of [`make_scenes`].
+        steps (`int`): Number of optimizer steps.
+        batch_size (`int`): Images a step.
+        seed (`int`): Seed of the order of the data.
+        output_dir (`Path`): Folder of the trainer's checkpoints.
+
+    Returns:
+        `list[dict]`: the trainer's log.
+    """
+    every = min(250, max(1, steps // 2))
+    args = TrainingArguments(
+        str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, steps // 5),
+        weight_decay=0.05,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+        dataloader_pin_memory=False,
+        logging_steps=min(20, every),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=1,
+        seed=seed,
+        report_to="none",
+    )
+    trainer = MuonTrainer(
+        PatchClassifier(vision_tower),
+        args,
+        train_dataset=scenes["train"],
+        eval_dataset=scenes["validation"],
+        data_collator=PatchCollator(image_processor, vision_tower.config.patch_size),
+        compute_metrics=patch_accuracy,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if output_dir.exists() else None)
+    return trainer.state.log_history

@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import yaml
+from datasets import disable_progress_bars
+from typer.testing import CliRunner
+
+from voco_llama_hf import VoCoLlamaForConditionalGeneration
+from voco_llama_hf.cli import app
+from voco_llama_hf.cli.train import TRAINING
+from voco_llama_hf.training.scenes import make_scenes
+from voco_llama_hf.training.script import make_parser
+from voco_llama_hf.training.tiny import Recipe, build_model, build_processor
+
+
+disable_progress_bars()
+RECIPES = sorted((TRAINING / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def scenes_checkpoint(tmp_path_factory):
+    """A random model of one layer that knows the words of the scenes."""
+    folder = tmp_path_factory.mktemp("scenes_checkpoint")
+    processor = build_processor(make_scenes("train", 200))
+    build_model(processor, Recipe(vision_layers=1, text_layers=1)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_have_known_keys(recipe):
+    data, config, model = make_parser().parse_args_and_config(["--config", str(recipe)])
+    parsed = {**vars(model), **vars(config), **vars(data)}
+    written = yaml.safe_load(recipe.read_text())
+    assert parsed.keys() >= written.keys()
+    for name in written.keys() - {"report_to"}:
+        assert parsed[name] == written[name], name
+
+
+def test_the_paper_recipe_has_its_hyperparameters():
+    recipe = yaml.safe_load((TRAINING / "recipes" / "paper.yaml").read_text())
+    devices = 8
+    batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * devices
+    assert batch == 128 and recipe["max_steps"] == 2 * -(-665_298 // batch)
+    assert (recipe["learning_rate"], recipe["lr_scheduler_type"], recipe["warmup_steps"]) == (2e-5, "cosine", 0.03)
+    assert (recipe["weight_decay"], recipe["max_length"], recipe["freeze"]) == (0.0, 2048, ["vision_tower"])
+    assert recipe["bf16"] and recipe["gradient_checkpointing"] and recipe["num_voco_tokens"] == [1]
+
+
+@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_accelerate_reads_its_configurations(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(TRAINING / "accelerate_configs" / f"{name}.yaml"))
+    assert loaded.distributed_type == kind
+    assert loaded.mixed_precision == "bf16"
+
+
+def test_training_on_scenes_writes_a_model(invoke, tmp_path, scenes_checkpoint):
+    output = tmp_path / "trained"
+    invoke(
+        "train", "--config", "tiny", "--model_name_or_path", scenes_checkpoint, "--output_dir", output,
+        "--num_scenes", 8, "--max_steps", 2, "--per_device_train_batch_size=4", "--num_voco_tokens", 2, 0,
+    )  # fmt: skip
+    before = VoCoLlamaForConditionalGeneration.from_pretrained(scenes_checkpoint)
+    after = VoCoLlamaForConditionalGeneration.from_pretrained(output)
+    assert after.config.num_voco_tokens == 2
+    changed = [name for name, weight in after.named_parameters() if not weight.equal(before.get_parameter(name))]
+    assert any("vision_tower" in name for name in changed) and any("embed_tokens" in name for name in changed)
+    answer = invoke("ask", "--model", output, "examples/scene.png", "How many objects are there?")
+    assert answer.exit_code == 0
+
+
+def test_training_on_llava_data_with_adapters(invoke, tmp_path, scenes_checkpoint, images):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "1"}]
+    rows = [{"image": name, "conversations": turns} for name in (images[0].name, "none.png")]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows * 4))
+    output = tmp_path / "trained"
+    args = (
+        "train", "--config", "tiny", "--model_name_or_path", scenes_checkpoint, "--dataset_name", data,
+        "--image_folder", images[0].parent, "--output_dir", output, "--max_steps", 2, "--freeze", "vision_tower",
+        "--per_device_train_batch_size", 2, "--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 4,
+        "--distillation_weight", 0.5, "--teacher", "adapter",
+    )  # fmt: skip
+    invoke(*args)
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert adapter["trainable_token_indices"] == {"embed_tokens": [before_voco(scenes_checkpoint)]}
+    assert "vision_tower" in adapter["exclude_modules"]
+    result = CliRunner().invoke(app, [*map(str, args), "--max_bad_rows", "1"])
+    assert result.exit_code == 1
+    assert "Error: more than 1 rows of data.json cannot be read" in result.stderr
+
+
+def before_voco(checkpoint):
+    return json.loads((checkpoint / "config.json").read_text())["voco_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("args", "exit_code", "message"),
+    [
+        (
+            ["--config", "none"],
+            2,
+            "--config takes a YAML file or one of lora-24gb, paper, qlora-24gb, tiny, got 'none'",
+        ),
+        (["--config"], 2, "--config needs a value"),
+        (["--accelerate_config=none"], 2, "--accelerate_config takes a YAML file or one of ddp, fsdp2, zero3"),
+        (
+            ["--dataset_name", "voco-scenes", "--output_dir", "a"],
+            1,
+            "name the model to train with --model_name_or_path",
+        ),
+        (["--config", "tiny", "--no_such_flag", "1"], 1, "no_such_flag"),
+        (["--config", "tiny", "--max_steps", "many"], 1, "invalid int value: 'many'"),
+        (["--config", "tiny", "--num_voco_tokens", "0", "-3"], 1, "num_voco_tokens"),
+        (["--config", "tiny", "--dataset_name", "none.json"], 1, "no such file: none.json"),
+        (["--config", "tiny", "--model_name_or_path", "none"], 2, "no such model folder: 'none'"),
+    ],
+)
+def test_bad_arguments_are_one_line(invoke, args, exit_code, message):
+    assert message in invoke("train", *args, exit_code=exit_code).stderr
+
+
+def test_help_lists_the_flags(invoke):
+    result = invoke("train", "--help")
+    for flag in ("--num_voco_tokens", "--distillation_weight", "--image_folder", "--lora_r", "--max_bad_rows"):
+        assert flag in result.stdout
