@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .attention_voco_llama import per_image_counts
+
 
 FILE_FORMAT = "voco_cache"
 FILE_VERSION = "1"
@@ -106,6 +108,19 @@ class VoCoCache:
     @property
     def device(self) -> torch.device:
         return self.keys.device
+
+    def resolve(self, num_voco_tokens: int | list[int] | torch.Tensor | None) -> list[int]:
+        """
+        `token_counts`, which a call may name as `num_voco_tokens` but not change.
+
+        Raises:
+            ValueError: if it names other numbers.
+        """
+        if num_voco_tokens is not None and per_image_counts(num_voco_tokens, len(self)) != self.token_counts:
+            raise ValueError(
+                f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {self.token_counts} VoCo tokens"
+            )
+        return self.token_counts
 
     @classmethod
     def cat(cls, caches: Sequence["VoCoCache"]) -> "VoCoCache":

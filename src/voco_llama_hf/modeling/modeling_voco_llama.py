@@ -171,9 +171,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         self._check_rotation()
         if voco_cache is not None:
             check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
-            counts = voco_cache.token_counts
-            if num_voco_tokens is not None and per_image_counts(num_voco_tokens, len(voco_cache)) != counts:
-                raise ValueError(f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {counts}")
+            counts = voco_cache.resolve(num_voco_tokens)
             states = [voco_cache.keys, voco_cache.values]
         else:
             counts = self._per_image_counts(num_voco_tokens, pixel_values)

@@ -130,11 +130,7 @@ class VoCoLlamaProcessor(ProcessorMixin):
     ) -> tuple[list[str], list[int]]:
         if images is not None:
             raise ValueError("pass the images either as images or as a voco_cache, not both")
-        counts = voco_cache.token_counts
-        if num_voco_tokens is not None and per_image_counts(num_voco_tokens, len(voco_cache)) != counts:
-            raise ValueError(
-                f"num_voco_tokens={num_voco_tokens} was asked of a voco_cache that has {counts} VoCo tokens"
-            )
+        counts = voco_cache.resolve(num_voco_tokens)
         num_images = sum(sample.count(self.image_token) for sample in text or [])
         if num_images != len(voco_cache):
             raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,17 @@ Scores = dict[str, dict[str, float]]
 
 UNCOMPRESSED = "uncompressed"
 MAX_ANSWER_TOKENS = 6
+
+
+@contextmanager
+def written_aside(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when all is written."""
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @dataclass
@@ -50,7 +62,8 @@ class ScenesResults:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the results as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        with written_aside(path) as part:
+            part.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 def evaluate_scenes(
@@ -283,4 +296,5 @@ def plot_results(results: ScenesResults, path: str | os.PathLike) -> None:
     panels[-1].set_xticks(range(len(groups)), groups)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=150)
+    with written_aside(path) as part:
+        figure.savefig(part, dpi=150, format=Path(path).suffix[1:])

@@ -102,10 +102,10 @@ By family of questions: `results.json`, `results.png`. A family whose score is n
 
 ## Training
 
-`make train-tiny` reproduces it: `voco_llama_hf.training.tiny` draws the scenes, trains the tokenizer, teaches the vision
-tower to name what lies on each patch, and then trains the model: first on uncompressed images, then under the VoCo mask
-with the number of VoCo tokens drawn anew for every step, and a share of uncompressed steps. The handwritten digits are those of scikit-learn's `load_digits`; the splits share
-none.
+`make train-tiny` reproduces it: `voco_llama_hf.training.tiny` draws the scenes, trains the tokenizer, teaches the
+vision tower to name what lies on each patch, and then trains the model: first on uncompressed images, then under the
+VoCo mask with the number of VoCo tokens drawn anew for every step, and a share of uncompressed steps.
+The handwritten digits are those of scikit-learn's `load_digits`; the splits share none.
 
 ![loss and accuracy over the steps](training.png)
 """
@@ -151,9 +151,10 @@ class Recipe:
     seed: int = 0
     phases: tuple[Phase, ...] = field(
         default=(
-            Phase("description", 400, 2e-3, "constant_with_warmup", num_voco_tokens=(0,), describe=True),
-            Phase("uncompressed", 1500, 7e-4, "constant_with_warmup", num_voco_tokens=(0,)),
-            Phase("voco", 3000, 7e-4, "cosine", num_voco_tokens=(1, 1, 2, 2, 4, 8, 0, 0)),
+            Phase("description", 400, 2e-3, "constant_with_warmup", (0,), describe=True),
+            Phase("uncompressed", 1500, 7e-4, "constant_with_warmup", (0,)),
+            Phase("compression", 800, 1e-3, "constant_with_warmup", (1, 1, 2, 2, 4, 8, 0), describe=True),
+            Phase("voco", 1300, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
         )
     )
 
