@@ -17,8 +17,8 @@ run() {
 
 echo "The picture is examples/scene.png. The model that ships with the package reads it through 1 VoCo token, not 64"
 echo "vision tokens:"
-run ask examples/scene.png "What shape is at the middle right?" --num-voco-tokens 1 --stats
+run ask examples/scene.png "What colour is the circle?" --num-voco-tokens 1 --stats
 run compress examples/scene.png --num-voco-tokens 2 --output "$stored/scene.safetensors"
 echo
 echo "From here on nobody needs the picture:"
-run ask --cache "$stored/scene.safetensors" "How many objects are there?"
+run ask --cache "$stored/scene.safetensors" "Where is the orange circle?"

@@ -6,11 +6,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.images import open_image
 
 
-EMBEDDED = Path(EMBEDDED_CHECKPOINT)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -201,15 +200,9 @@ def test_weights_that_do_not_fit(invoke, images, model_copy):
     assert re.search("1 weights of .* are missing or have another shape", result.stderr)
 
 
-@pytest.mark.skipif((EMBEDDED / "config.json").exists(), reason="the embedded model is there")
-def test_no_embedded_model(invoke, images):
-    assert "no embedded model" in invoke("ask", images[0], "What?", exit_code=2).stderr
-
-
-@pytest.mark.skipif(not (EMBEDDED / "config.json").exists(), reason="the embedded model is not there")
 @pytest.mark.parametrize("k", [1, 2])
 def test_embedded_model_reads_the_example(invoke, k):
     rows = json.loads((EXAMPLES / "scene.json").read_text())["questions"]
     answers = [invoke("ask", EXAMPLES / "scene.png", row["question"], "-k", k).stdout.strip() for row in rows]
-    # The checkpoint reads about two thirds of the questions about such scenes right, blindly it would be a quarter
-    assert sum(answer == row["answer"] for answer, row in zip(answers, rows)) >= len(rows) / 2
+    # One question of every family; the checkpoint is right 7 times in 8, blindly it would be 1 in 4
+    assert sum(answer == row["answer"] for answer, row in zip(answers, rows)) >= len(rows) - 2

@@ -96,6 +96,17 @@ def before_voco(checkpoint):
     return json.loads((checkpoint / "config.json").read_text())["voco_token_id"]
 
 
+def test_accelerate_launches_what_its_configuration_says(invoke, tmp_path, scenes_checkpoint):
+    single = tmp_path / "single.yaml"
+    single.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 4\n")
+    invoke(
+        "train", "--config=tiny", "--accelerate_config", single, "--cpu", "--num_processes", 1,
+        "--mixed_precision=no", "--model_name_or_path", scenes_checkpoint, "--num_scenes", 8, "--max_steps", 1,
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("args", "exit_code", "message"),
     [

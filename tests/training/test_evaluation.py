@@ -83,6 +83,9 @@ class Shown:
     def __len__(self):
         return len(self.images)
 
+    def resolve(self, num_voco_tokens):
+        return self.token_counts
+
     def __getitem__(self, images):
         return Shown([self.images[i] for i in images], self.token_counts[0])
 

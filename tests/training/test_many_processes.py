@@ -18,14 +18,7 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-nod
 def run(script, output_dir, batch_size, *extra, launcher=(), exit_code=0, **options):
     """Losses by name, which the script leaves in `output_dir`."""
     options = {**OPTIONS, "per_device_train_batch_size": batch_size, **options}
-    args = [
-        sys.executable,
-        *launcher,
-        str(HERE / script),
-        str(output_dir),
-        json.dumps(options),
-        *map(json.dumps, extra),
-    ]
+    args = [*launcher, str(HERE / script), str(output_dir), json.dumps(options), *map(json.dumps, extra)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment)
     assert done.returncode == exit_code, done.stderr[-3000:]

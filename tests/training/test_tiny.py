@@ -8,9 +8,9 @@ from datasets import disable_progress_bars
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.training import VoCoDataCollator
+from voco_llama_hf.training.muon import MuonWithAdamW
 from voco_llama_hf.training.scenes import COLOURS, POSITIONS, SHAPES, make_scenes
 from voco_llama_hf.training.tiny import (
-    MuonWithAdamW,
     Phase,
     Recipe,
     build_model,
@@ -28,6 +28,8 @@ RECIPE = Recipe(
     num_validation_scenes=8,
     num_test_scenes=8,
     batch_size=4,
+    vision_batch_size=4,
+    vision_steps=2,
     vision_layers=1,
     text_layers=1,
     phases=(

@@ -30,8 +30,6 @@ def find_model(name: str | None) -> str:
         UsageProblem: if there is no such folder, or it holds no model.
     """
     if name is None:
-        if not os.path.isfile(os.path.join(EMBEDDED_CHECKPOINT, "config.json")):
-            raise UsageProblem("this installation has no embedded model: name one with --model")
         return EMBEDDED_CHECKPOINT
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):

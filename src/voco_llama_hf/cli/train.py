@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,13 +73,11 @@ def launch(args: list[str]) -> None:
     )
     if from_file:
         raise UsageProblem(f"the recipe has unknown keys: {' '.join(from_file)}")
-    remaining = list(launch_args)
-    own = []
+    own, left = [], list(launch_args)
     for arg in args:
-        if remaining and arg == remaining[0]:
-            remaining.pop(0)
+        if left and arg == left[0]:
+            left.pop(0)
         else:
             own.append(arg)
-    script = [str(Path(sys.executable)), "-m", "voco_llama_hf.training.script"]
-    parser = launch_command_parser()
-    launch_command(parser.parse_args(["--config_file", config, *launch_args, "--module", script[-1], *own]))
+    flags = ["--quiet", "--config_file", config, *launch_args, "--module", "voco_llama_hf.training.script", *own]
+    launch_command(launch_command_parser().parse_args(flags))

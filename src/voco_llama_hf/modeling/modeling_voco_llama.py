@@ -104,12 +104,12 @@ class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
     config: Any  # a VoCoLlamaConfig, whose parts are of whatever classes they name
     config_class = VoCoLlamaConfig
 
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+    def save_pretrained(self, *args, **kwargs):
         """
         See [`~transformers.PreTrainedModel.save_pretrained`]. Weights keep the names of the model's parameters: a
         trainer that resumes would not find them by the older ones of LLaVA.
         """
-        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
 
 class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):

@@ -201,7 +201,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
             return super().apply_chat_template(*args, **kwargs)
         # Lists first: transformers walks over the offsets of every token, which takes long for tensors
         return_tensors = kwargs.pop("return_tensors", None)
-        return super().apply_chat_template(*args, **kwargs).convert_to_tensors(return_tensors)
+        outputs: Any = super().apply_chat_template(*args, **kwargs)
+        return outputs.convert_to_tensors(return_tensors)
 
     def to_dict(self) -> dict:
         # AutoProcessor looks here first, and finds the code without a model next to it

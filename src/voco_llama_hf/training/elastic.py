@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 
@@ -13,8 +14,8 @@ def draw_num_voco_tokens(choices: list[int], seed: int, step: int) -> int:
 
 
 def keep_voco_tokens(
-    batch: dict[str, torch.Tensor], num_voco_tokens: int, voco_token_id: int, pad_token_id: int
-) -> dict[str, torch.Tensor]:
+    batch: dict[str, Any], num_voco_tokens: int, voco_token_id: int, pad_token_id: int
+) -> dict[str, Any]:
     """
     Takes all but the first `num_voco_tokens` VoCo tokens of every image out of a batch.
 

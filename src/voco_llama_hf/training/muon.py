@@ -46,6 +46,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 class MuonMixin:
     """Gives a trainer [`MuonWithAdamW`]."""
 
+    optimizer: Any
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)

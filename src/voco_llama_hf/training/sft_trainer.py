@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ class VoCoSFTTrainer(SFTTrainer):
     Trains a [`VoCoLlamaForConditionalGeneration`]. Data sets, arguments and behaviour are those of
     [`~trl.SFTTrainer`]; what [`VoCoSFTConfig`] adds is done here.
 
-    With a `peft_config`, the embedding of `<voco>` is trained along with the adapters.
+    With a [`~peft.LoraConfig`], the embedding of `<voco>` is trained along with the adapters.
 
     Args:
         model (`str`, [`VoCoLlamaForConditionalGeneration`] or [`~peft.PeftModel`]):
@@ -108,7 +108,7 @@ class VoCoSFTTrainer(SFTTrainer):
 
     def _widest_collator(self, collator: DataCollatorForVisionLanguageModeling) -> VoCoDataCollator:
         """A collator that makes as many VoCo tokens as any step may ask for."""
-        options = {field.name: getattr(collator, field.name) for field in fields(collator)}
+        options: dict[str, Any] = {field.name: getattr(collator, field.name) for field in fields(collator)}
         options["processor"] = copy.copy(self.processing_class)
         if self.args.num_voco_tokens is not None:
             options["processor"].num_voco_tokens = max(1, *self.args.num_voco_tokens)
@@ -128,7 +128,7 @@ class VoCoSFTTrainer(SFTTrainer):
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
+        inputs = dict(super()._prepare_inputs(inputs))
         choices = self.args.num_voco_tokens
         if choices is None or "num_voco_tokens" not in inputs:
             return inputs
@@ -198,7 +198,7 @@ def load_student(path: str, args: VoCoSFTConfig, quantization_config: Any) -> Vo
     model_type = VoCoLlamaConfig.get_config_dict(path)[0].get("model_type")
     if model_type != VoCoLlamaConfig.model_type:
         raise ValueError(f"{path} is a {model_type} model: make it a VoCo-LLaMA with voco-llama convert first")
-    options = {"dtype": "float32", **(args.model_init_kwargs or {})}
+    options: Any = {"dtype": "float32", **dict(args.model_init_kwargs or {})}
     args.model_init_kwargs = None
     return VoCoLlamaForConditionalGeneration.from_pretrained(path, quantization_config=quantization_config, **options)
 
@@ -206,7 +206,7 @@ def load_student(path: str, args: VoCoSFTConfig, quantization_config: Any) -> Vo
 def with_voco_embedding(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     """A copy that trains the embedding of `<voco>` too, unless the embeddings are trained anyway."""
     peft_config = copy.deepcopy(peft_config)
-    if "embed_tokens" not in (peft_config.modules_to_save or ()):
+    if isinstance(peft_config, LoraConfig) and "embed_tokens" not in (peft_config.modules_to_save or ()):
         indices = peft_config.trainable_token_indices or {}
         if isinstance(indices, list):
             indices = {"embed_tokens": indices}

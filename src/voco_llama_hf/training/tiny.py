@@ -153,8 +153,8 @@ class Recipe:
         default=(
             Phase("description", 400, 2e-3, "constant_with_warmup", (0,), describe=True),
             Phase("uncompressed", 1500, 7e-4, "constant_with_warmup", (0,)),
-            Phase("compression", 800, 1e-3, "constant_with_warmup", (1, 1, 2, 2, 4, 8, 0), describe=True),
-            Phase("voco", 1300, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
+            Phase("compression", 1250, 1e-3, "constant_with_warmup", (1, 1, 2, 2, 4, 8, 0), describe=True),
+            Phase("voco", 2000, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
         )
     )
 
