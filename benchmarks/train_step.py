@@ -10,8 +10,8 @@ and medians are compared; peak memory is measured in processes of their own on a
 from __future__ import annotations
 
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -135,17 +135,24 @@ def make_step(
 
 
 def peak_memory(step: Callable[[], None], device: str) -> float:
-    """Bytes that two steps need above what is held before."""
+    """Bytes that a step needs above what is held before."""
     if device.startswith("cuda"):
         step()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - held
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux: 5 resets the peak of the resident set
+    Path("/proc/self/clear_refs").write_text("5")
+    held = resident("VmRSS")
     step()
-    step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
+    return resident("VmHWM") - held
+
+
+def resident(name: str) -> int:
+    """A size of this process in bytes: `VmRSS` now, `VmHWM` its peak."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return 1024 * int(line.split()[1])
 
 
 def main(
@@ -219,7 +226,9 @@ def report(preset, device, seconds, memory, problems, output, options) -> None:
         record = {
             "date": date.today().isoformat(),
             "command": " ".join(["python", *sys.argv]),
-            "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor(),
+            "hardware": torch.cuda.get_device_name()
+            if device.startswith("cuda")
+            else f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "preset": preset,
             **options,
