@@ -28,16 +28,18 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from voco_llama_hf.training.evaluation import as_llava
+from voco_llama_hf.training.evaluation import as_llava, written_aside
 
 
 BOS, NEWLINE, VOCO = 1, 13, 127
 
 
-def text(hidden_size: int, intermediate_size: int, layers: int, heads: int, key_value_heads: int) -> dict[str, int]:
+def text_options(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, key_value_heads: int
+) -> dict[str, int]:
     return {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -47,7 +49,7 @@ def text(hidden_size: int, intermediate_size: int, layers: int, heads: int, key_
     }
 
 
-def vision(
+def vision_options(
     hidden_size: int, intermediate_size: int, layers: int, heads: int, image_size: int, patch_size: int
 ) -> dict:
     return {
@@ -62,10 +64,10 @@ def vision(
 
 # Text model and vision tower
 PRESETS = {
-    "tiny": (text(256, 512, 6, 4, 2), vision(192, 512, 4, 3, 64, 8)),
-    "small": (text(512, 1376, 4, 8, 8), vision(192, 512, 2, 3, 336, 14)),
+    "tiny": (text_options(256, 512, 6, 4, 2), vision_options(192, 512, 4, 3, 64, 8)),
+    "small": (text_options(512, 1376, 4, 8, 8), vision_options(192, 512, 2, 3, 336, 14)),
     # A 7B without gradient checkpointing does not fit into one GPU: a quarter of its layers, all of their shape
-    "llava-1.5-7b-quarter": (text(4096, 11008, 8, 32, 32), vision(1024, 4096, 24, 16, 336, 14)),
+    "llava-1.5-7b-quarter": (text_options(4096, 11008, 8, 32, 32), vision_options(1024, 4096, 24, 16, 336, 14)),
 }
 VARIANTS = ("llava sdpa", "voco sdpa", "voco flex_attention")
 Preset = Enum("Preset", {name: name for name in PRESETS})
@@ -102,10 +104,7 @@ def make_step(
     vision = model.config.vision_config
     num_vision = (vision.image_size // vision.patch_size) ** 2
     generator = torch.Generator().manual_seed(0)
-    is_llava = isinstance(model, LlavaForConditionalGeneration) and not isinstance(
-        model, VoCoLlamaForConditionalGeneration
-    )
-    if is_llava:
+    if not isinstance(model, VoCoLlamaForConditionalGeneration):
         # Room that prefix, suffix and VoCo tokens take in the other
         image, text_tokens = [BOS, *[VOCO] * num_vision], text_tokens + 1 + num_voco_tokens
     else:
@@ -194,12 +193,15 @@ def main(
     for variant in steps:
         call = [sys.executable, __file__, *sys.argv[1:], "--memory-of", variant]
         memory[variant] = float(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
-    report(preset.value, device, seconds, memory, problems, output, vars_of_run(locals()))
-
-
-def vars_of_run(names: dict) -> dict:
-    kept = ("dtype", "batch_size", "text_tokens", "num_voco_tokens", "rounds", "compiled")
-    return {name: names[name] for name in kept}
+    options = {
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "text_tokens": text_tokens,
+        "num_voco_tokens": num_voco_tokens,
+        "rounds": rounds,
+        "compiled": compiled,
+    }
+    report(preset.value, device, seconds, memory, problems, output, options)
 
 
 def report(preset, device, seconds, memory, problems, output, options) -> None:
@@ -238,9 +240,8 @@ def report(preset, device, seconds, memory, problems, output, options) -> None:
             "memory_ratio": {variant: memory[variant] / memory[plain] for variant in memory},
             "cannot_run": problems,
         }
-        part = output.with_name(f"{output.name}.part")
-        part.write_text(json.dumps(record, indent=2) + "\n")
-        part.rename(output)
+        with written_aside(output) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets import disable_progress_bars
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training.sft_helpers import build_model, build_processor, config, conversations
-
-from voco_llama_hf.training import VoCoSFTTrainer
+from training.sft_helpers import conversations, make_trainer
 
 
 def shard(model, mesh):
@@ -28,13 +26,7 @@ def shard(model, mesh):
 
 def main(output_dir, options):
     disable_progress_bars()
-    processor = build_processor()
-    trainer = VoCoSFTTrainer(
-        build_model(processor),
-        config(output_dir, **options),
-        train_dataset=conversations(16, images_per_row=(1, 2, 1, 1)),
-        processing_class=processor,
-    )
+    trainer = make_trainer(output_dir, dataset=conversations(16, images_per_row=(1, 2, 1, 1)), **options)
     model, accelerator = trainer.model, trainer.accelerator
     if accelerator.num_processes > 1:
         shard(model, init_device_mesh("cpu", (accelerator.num_processes,)))

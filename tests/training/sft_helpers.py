@@ -6,7 +6,7 @@ from datasets import Dataset, Features, Image, List, Value
 from modeling.helpers import build_processor, tiny_model
 from PIL import Image as PILImage
 
-from voco_llama_hf.training import VoCoSFTConfig
+from voco_llama_hf.training import VoCoSFTConfig, VoCoSFTTrainer
 
 
 def build_model(processor, seed=0, **overrides):
@@ -53,6 +53,20 @@ def config(output_dir, config_class=VoCoSFTConfig, **overrides):
             "max_length": None,
             **overrides,
         }
+    )
+
+
+def make_trainer(tmp_path, model=None, dataset=None, peft_config=None, callbacks=None, teacher_model=None, **options):
+    processor, own = processor_and_model()
+    return VoCoSFTTrainer(
+        own if model is None else model,
+        config(tmp_path, **options),
+        train_dataset=conversations() if dataset is None else dataset,
+        eval_dataset=conversations(4, seed=1),
+        processing_class=processor,
+        peft_config=peft_config,
+        callbacks=callbacks,
+        teacher_model=teacher_model,
     )
 
 

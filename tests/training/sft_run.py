@@ -1,4 +1,4 @@
-"""Trains a tiny model as a process of its own: `python sft_run.py OUTPUT_DIR '{"max_steps": 4}' '{"peft": true}'`."""
+"""Trains a tiny model as a process of its own: `python sft_run.py OUTPUT_DIR '{"max_steps": 4}' '{"kill_at": 3}'`."""
 
 import json
 import os
@@ -10,10 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets import disable_progress_bars
-from training.sft_helpers import build_model, build_processor, config, conversations, losses
+from training.sft_helpers import conversations, losses, make_trainer
 from transformers import TrainerCallback
-
-from voco_llama_hf.training import VoCoSFTTrainer
 
 
 class Kill(TrainerCallback):
@@ -29,14 +27,9 @@ class Kill(TrainerCallback):
 
 def main(output_dir, options, kill_at=0, resume=False):
     disable_progress_bars()
-    processor = build_processor()
-    trainer = VoCoSFTTrainer(
-        build_model(processor),
-        config(output_dir, **options),
-        train_dataset=conversations(16, images_per_row=(1, 2, 1, 0)),
-        processing_class=processor,
-        callbacks=[Kill(kill_at)] if kill_at else None,
-    )
+    dataset = conversations(16, images_per_row=(1, 2, 1, 0))
+    callbacks = [Kill(kill_at)] if kill_at else None
+    trainer = make_trainer(output_dir, dataset=dataset, callbacks=callbacks, **options)
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.accelerator.is_main_process:
         parts = {key: losses(trainer, key) for key in ("loss", "nll_loss", "distillation_loss", "grad_norm")}

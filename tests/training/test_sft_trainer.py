@@ -1,12 +1,15 @@
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel
+from rich.console import Console
 from training.sft_helpers import (
     build_model,
     config,
     conversations,
     losses,
+    make_trainer,
     noise_image,
     processor_and_model,
     same_weights,
@@ -22,20 +25,6 @@ from voco_llama_hf.training.sft_trainer import print_trainable_parameters
 
 
 disable_progress_bars()
-
-
-def make_trainer(tmp_path, model=None, dataset=None, peft_config=None, callbacks=None, teacher_model=None, **options):
-    processor, own = processor_and_model()
-    return VoCoSFTTrainer(
-        own if model is None else model,
-        config(tmp_path, **options),
-        train_dataset=conversations() if dataset is None else dataset,
-        eval_dataset=conversations(4, seed=1),
-        processing_class=processor,
-        peft_config=peft_config,
-        callbacks=callbacks,
-        teacher_model=teacher_model,
-    )
 
 
 def record_inputs(model, seen):
@@ -80,6 +69,12 @@ def as_one_image(row):
     return {"messages": row["messages"], "image": row["images"][0]}
 
 
+def plain_text():
+    rng = np.random.default_rng(0)
+    pairs = (("<image>ab", "x"), ("cd<image>", "yz"))
+    return Dataset.from_list([{"prompt": p, "completion": c, "images": [noise_image(rng)]} for p, c in pairs])
+
+
 @pytest.mark.parametrize(
     "dataset, options",
     [
@@ -92,12 +87,7 @@ def as_one_image(row):
             conversations(4, images_per_row=(0, 1)).map(as_prompt_completion, remove_columns="messages"),
             {"assistant_only_loss": False},
         ),
-        (
-            Dataset.from_dict({"prompt": ["<image>ab", "cd<image>"], "completion": ["x", "yz"]}).add_column(
-                "images", [[0], [1]]
-            ),
-            {"assistant_only_loss": False},
-        ),
+        (plain_text(), {"assistant_only_loss": False}),
     ],
     ids=[
         "messages",
@@ -110,12 +100,6 @@ def as_one_image(row):
     ],
 )
 def test_every_format_of_data_trains(tmp_path, dataset, options):
-    if dataset.column_names == ["prompt", "completion", "images"] and isinstance(dataset[0]["images"][0], int):
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        rows = [{**row, "images": [noise_image(rng)]} for row in dataset]
-        dataset = Dataset.from_list(rows)
     trainer = make_trainer(tmp_path, dataset=dataset, num_voco_tokens=[2, 1, 0], max_steps=3, **options)
     trainer.train()
     assert len(losses(trainer)) == 3 and all(0 < loss < 20 for loss in losses(trainer))
@@ -173,10 +157,8 @@ def test_bad_options_are_errors(tmp_path, options, message):
         config(tmp_path, **options)
 
 
-def test_the_table_counts_what_is_trained(tmp_path, capsys):
+def test_the_table_counts_what_is_trained(tmp_path):
     trainer = make_trainer(tmp_path)
-    from rich.console import Console
-
     console = Console(record=True, width=100)
     print_trainable_parameters(trainer.model, console)
     table = console.export_text()
@@ -244,7 +226,7 @@ def test_the_teacher_without_adapters_has_the_logits_of_the_original_llava(tmp_p
         tmp_path, peft_config=lora(), num_voco_tokens=[2], distillation_weight=1.0, teacher="adapter"
     )
     trainer.train()
-    image = noise_image(__import__("numpy").random.default_rng(5))
+    image = noise_image(np.random.default_rng(5))
     inputs = processor(images=image, text="<image>what is it", num_voco_tokens=1, return_tensors="pt")
     reading = read_uncompressed(trainer.model, trainer.model, inputs, without_adapters=True)
     logits = reading.head(reading.hidden_states)[0, 1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,16 @@ import typer
 from typer.core import TyperCommand
 
 from .errors import UsageProblem
-from .options import DeviceOption, DtypeOption, ForceOption, ModelOption, check_output, join_numbers, parse_numbers
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    ModelOption,
+    check_output,
+    check_train_extra,
+    join_numbers,
+    parse_numbers,
+)
 
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
@@ -53,8 +61,7 @@ def evaluate(
 
     voco-llama evaluate --num-voco-tokens 1 2 4 8 --output results.json --plot results.png
     """
-    if any(find_spec(module) is None for module in TRAIN_EXTRA):
-        raise UsageProblem("evaluate needs the extra train: pip install 'voco-llama-hf[train]'")
+    check_train_extra("evaluate", TRAIN_EXTRA)
     counts = tuple(parse_numbers(num_voco_tokens, "--num-voco-tokens"))
     if not counts or min(counts) < 1:
         raise UsageProblem("--num-voco-tokens takes numbers from 1 on")

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,15 @@ def join_numbers(args: Sequence[str], options: Sequence[str]) -> list[str]:
         else:
             joined.append(arg)
     return joined
+
+
+def check_train_extra(command: str, modules: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageProblem: if one of the `modules` of the extra `train` is not installed.
+    """
+    if any(find_spec(module) is None for module in modules):
+        raise UsageProblem(f"{command} needs the extra train: pip install 'voco-llama-hf[train]'")
 
 
 def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:

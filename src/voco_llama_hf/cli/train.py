@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import typer
 
 from .errors import UsageProblem
+from .options import check_train_extra
 
 
 TRAIN_EXTRA = ("datasets", "ijson", "peft", "trl")
@@ -25,8 +25,7 @@ def train(context: typer.Context) -> None:
     --accelerate_config takes a YAML file or ddp, fsdp2 or zero3, and launches one process a device; further flags of
     accelerate launch (--num_processes 8) may follow.
     """
-    if any(find_spec(module) is None for module in TRAIN_EXTRA):
-        raise UsageProblem("train needs the extra train: pip install 'voco-llama-hf[train]'")
+    check_train_extra("train", TRAIN_EXTRA)
     args = resolve_shipped(context.args, "--config", "recipes")
     args = resolve_shipped(args, "--accelerate_config", "accelerate_configs")
     if "--accelerate_config" not in args:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from ..cli.loading import find_model
 from .llava_data import load_llava_data
+from .phases import last_checkpoint
 from .scenes import make_scenes
 from .sft_config import VoCoSFTConfig
 from .sft_trainer import VoCoSFTTrainer
@@ -107,7 +107,7 @@ def find_checkpoint(config: VoCoSFTConfig) -> str | None:
     """
     if str(config.resume_from_checkpoint).lower() not in ("true", "last"):
         return config.resume_from_checkpoint
-    return get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    return last_checkpoint(config.output_dir)
 
 
 def main(args: list[str] | None = None) -> None:

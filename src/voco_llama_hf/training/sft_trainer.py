@@ -229,7 +229,7 @@ def freeze(model: torch.nn.Module, names: list[str]) -> None:
     for frozen in names:
         found = [parameter for name, parameter in parameters.items() if f".{frozen}." in f".{name}."]
         if not found:
-            modules = sorted({name.rsplit(".", 1)[0] for name, _ in bare(model).model.named_children()})
+            modules = sorted(name for name, _ in bare(model).model.named_children())
             raise ValueError(f"freeze names {frozen!r}, which is no part of the model: it has {', '.join(modules)}")
         for parameter in found:
             parameter.requires_grad_(False)

@@ -23,12 +23,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import EMBEDDED_CHECKPOINT
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .evaluation import evaluate_scenes, plot_results, print_results
 from .muon import MuonMixin
+from .phases import phase_options, run_phase
 from .scenes import CANVAS, DESCRIBE, DIFFICULTIES, make_scenes
 from .sft_config import VoCoSFTConfig
 from .sft_trainer import VoCoSFTTrainer
@@ -284,36 +284,17 @@ def train_phase(
     work_dir: Path,
 ) -> list[dict]:
     """Trains `model` in place, from the last checkpoint of the phase where there is one. Returns the trainer's log."""
-    output_dir = work_dir / phase.name
-    every = min(250, max(1, phase.steps // 2))
     validation = scenes["validation"].select(range(min(128, len(scenes["validation"]))))
     args = VoCoSFTConfig(
-        output_dir=str(output_dir),
-        max_steps=phase.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
+        **phase_options(work_dir / phase.name, phase.steps, recipe.batch_size, recipe.seed),
         learning_rate=phase.learning_rate,
         lr_scheduler_type=phase.scheduler,
-        warmup_steps=min(100, phase.steps // 5),
-        weight_decay=0.05,
-        bf16=True,
         gradient_checkpointing=False,
-        remove_unused_columns=False,
         num_voco_tokens=list(phase.num_voco_tokens),
         freeze=[],
         assistant_only_loss=True,
         max_length=None,
         pad_to_multiple_of=8,
-        dataloader_num_workers=1,
-        dataloader_persistent_workers=True,
-        dataloader_pin_memory=False,
-        logging_steps=min(20, every),
-        eval_strategy="steps",
-        eval_steps=every,
-        save_steps=every,
-        save_total_limit=1,
-        seed=recipe.seed,
-        report_to="none",
     )
     trainer = MuonSFTTrainer(
         model,
@@ -322,8 +303,7 @@ def train_phase(
         eval_dataset=conversations(validation, phase.describe),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if output_dir.exists() else None)
-    return trainer.state.log_history
+    return run_phase(trainer)
 
 
 def prepare_scenes(recipe: Recipe, work_dir: Path, num_proc: int | None) -> dict[str, Dataset]:

@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import BaseImageProcessor, CLIPVisionModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import TokenClassifierOutput
-from transformers.trainer_utils import get_last_checkpoint
 
 from .muon import MuonMixin
+from .phases import phase_options, run_phase
 from .scenes import CANVAS, COLOURS, SHAPES, SIZES
 
 
@@ -121,29 +121,11 @@ def train_vision_tower(
     Returns:
         `list[dict]`: the trainer's log.
     """
-    every = min(250, max(1, steps // 2))
     args = TrainingArguments(
-        str(output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
+        **phase_options(output_dir, steps, batch_size, seed),
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps // 5),
-        weight_decay=0.05,
-        bf16=True,
         use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        dataloader_num_workers=1,
-        dataloader_persistent_workers=True,
-        dataloader_pin_memory=False,
-        logging_steps=min(20, every),
-        eval_strategy="steps",
-        eval_steps=every,
-        save_steps=every,
-        save_total_limit=1,
-        seed=seed,
-        report_to="none",
     )
     trainer = MuonTrainer(
         PatchClassifier(vision_tower),
@@ -153,5 +135,4 @@ def train_vision_tower(
         data_collator=PatchCollator(image_processor, vision_tower.config.patch_size),
         compute_metrics=patch_accuracy,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if output_dir.exists() else None)
-    return trainer.state.log_history
+    return run_phase(trainer)
