@@ -122,8 +122,9 @@ class Phase:
         learning_rate (`float`): Peak learning rate.
         scheduler (`str`): Learning rate schedule after the warmup.
         num_voco_tokens (`tuple[int, ...]`): Numbers of VoCo tokens to draw from; 0 reads the uncompressed image.
-        describe (`bool`): Whether a description of the scene ends every conversation. It teaches to see, but outweighs
-            the questions.
+        questions (`int`): Number of questions about each image.
+        describe (`bool`): Whether a description of the scene ends every conversation: it asks for all that there is
+            to see, which a compressed image learns to keep.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Phase:
     learning_rate: float
     scheduler: str
     num_voco_tokens: tuple[int, ...]
+    questions: int = 8
     describe: bool = False
 
 
@@ -138,10 +140,9 @@ class Phase:
 class Recipe:
     """Everything that decides what is trained."""
 
-    num_train_scenes: int = 160_000
+    num_train_scenes: int = 300_000
     num_validation_scenes: int = 300
     num_test_scenes: int = 600
-    questions_per_scene: int = 8
     dense_share: float = 0.3
     batch_size: int = 32
     vision_batch_size: int = 64
@@ -154,7 +155,8 @@ class Recipe:
             Phase("description", 400, 2e-3, "constant_with_warmup", (0,), describe=True),
             Phase("uncompressed", 1500, 7e-4, "constant_with_warmup", (0,)),
             Phase("compression", 1250, 1e-3, "constant_with_warmup", (1, 1, 2, 2, 4, 8, 0), describe=True),
-            Phase("voco", 2000, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
+            Phase("questions", 2000, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
+            Phase("voco", 5000, 1e-3, "warmup_stable_decay", (1, 1, 2, 2, 4, 8, 8, 0), questions=12, describe=True),
         )
     )
 
@@ -195,9 +197,9 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(scenes: Dataset) -> VoCoLlamaProcessor:
-    """Builds the processor, its tokenizer trained on the first questions and answers of `scenes`."""
+    """Builds the processor, its tokenizer trained on the first eight questions and answers of `scenes`."""
     sample = scenes.select(range(min(len(scenes), 4000))).select_columns(["questions", "answers"])
-    pairs = (pair for row in sample for pair in zip(row["questions"], row["answers"]))
+    pairs = (pair for row in sample for pair in list(zip(row["questions"], row["answers"]))[:8])
     image_processor = CLIPImageProcessorPil(
         size={"height": CANVAS, "width": CANVAS},
         do_center_crop=False,
@@ -262,17 +264,17 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
     return torch.cat([waves[rows], waves[columns]], dim=-1)
 
 
-def conversations(scenes: Dataset, describe: bool) -> Dataset:
+def conversations(scenes: Dataset, phase: Phase) -> Dataset:
     """What is asked and answered about each image, perhaps with a description behind: there it gives nothing away."""
 
-    def described(rows: dict[str, list]) -> dict[str, list]:
-        messages = [
-            [*turns, {"role": "user", "content": DESCRIBE}, {"role": "assistant", "content": description}]
-            for turns, description in zip(rows["messages"], rows["description"], strict=True)
-        ]
+    def turns(rows: dict[str, list]) -> dict[str, list]:
+        messages = [turns[: 2 * phase.questions] for turns in rows["messages"]]
+        if phase.describe:
+            for conversation, description in zip(messages, rows["description"], strict=True):
+                conversation += [{"role": "user", "content": DESCRIBE}, {"role": "assistant", "content": description}]
         return {"image": rows["image"], "messages": messages}
 
-    return scenes.with_transform(described) if describe else scenes.select_columns(["image", "messages"])
+    return scenes.select_columns(["image", "messages", "description"]).with_transform(turns)
 
 
 def train_phase(
@@ -289,6 +291,7 @@ def train_phase(
         **phase_options(work_dir / phase.name, phase.steps, recipe.batch_size, recipe.seed),
         learning_rate=phase.learning_rate,
         lr_scheduler_type=phase.scheduler,
+        lr_scheduler_kwargs={"num_decay_steps": phase.steps // 3} if phase.scheduler == "warmup_stable_decay" else {},
         gradient_checkpointing=False,
         num_voco_tokens=list(phase.num_voco_tokens),
         freeze=[],
@@ -299,8 +302,8 @@ def train_phase(
     trainer = MuonSFTTrainer(
         model,
         args,
-        train_dataset=conversations(scenes["train"], phase.describe),
-        eval_dataset=conversations(validation, phase.describe),
+        train_dataset=conversations(scenes["train"], phase),
+        eval_dataset=conversations(validation, phase),
         processing_class=processor,
     )
     return run_phase(trainer)
@@ -316,7 +319,7 @@ def prepare_scenes(recipe: Recipe, work_dir: Path, num_proc: int | None) -> dict
                 number,
                 seed=recipe.seed,
                 dense_share=recipe.dense_share,
-                questions_per_scene=recipe.questions_per_scene,
+                questions_per_scene=max(phase.questions for phase in recipe.phases),
                 num_proc=num_proc,
             )
             scenes.save_to_disk(work_dir / f"{split}.part")
