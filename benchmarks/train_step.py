@@ -31,7 +31,8 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from voco_llama_hf.training.evaluation import as_llava, written_aside
+from voco_llama_hf.training.evaluation import written_aside
+from voco_llama_hf.training.readers import as_llava
 
 
 BOS, NEWLINE, VOCO = 1, 13, 127

@@ -85,6 +85,42 @@ def test_uncompressed_mode_equals_llava(rows, padding_side):
                 torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
+@random_layouts
+@given(
+    layouts(),
+    st.lists(st.lists(st.integers(14, 120), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.sampled_from(["left", "right"]),
+    st.sampled_from(["voco", "causal", "uncompressed"]),
+)
+def test_text_groups_are_read_as_if_each_were_alone(rows, questions, padding_side, mode):
+    """Every row asks all questions; the reference is a batch of one question, for each of them."""
+    images = pixels(num_images(rows))
+    together = short_batch([[*row, *questions] for row in rows], MODEL.config, padding_side)
+    lengths = [0, *map(len, questions)]
+    numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    groups = torch.zeros_like(together["input_ids"])
+    for row_groups, mask in zip(groups, together["attention_mask"]):
+        row_groups[mask.nonzero().flatten()[-len(numbers) :]] = numbers
+    with torch.no_grad():
+        output = MODEL(
+            **together, pixel_values=images, attention_mode=mode, text_groups=groups, use_cache=False
+        ).logits
+    for number, question in enumerate(questions, start=1):
+        alone = short_batch([[*row, question] for row in rows], MODEL.config, padding_side)
+        with torch.no_grad():
+            expected = MODEL(**alone, pixel_values=images, attention_mode=mode, use_cache=False)
+        for ours, its_groups, theirs in zip(output, groups, logits_by_row(expected, alone)):
+            torch.testing.assert_close(ours[its_groups == number], theirs[-len(question) :], **TOLERANCE)
+
+
+def test_text_groups_need_the_single_pass():
+    ids, groups = torch.tensor([[127, 20, 21]]), torch.tensor([[0, 1, 2]])
+    with pytest.raises(ValueError, match="text_groups needs pixel_values, use_cache=False"):
+        MODEL(input_ids=ids, pixel_values=pixels(1), text_groups=groups, use_cache=True)
+    with pytest.raises(ValueError, match="text_groups needs pixel_values"):
+        MODEL(input_ids=ids, voco_cache=MODEL.compress(pixels(1), 1), text_groups=groups, use_cache=False)
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(layouts(), st.sampled_from(["left", "right"]))
 def test_eager_attention_equals_sdpa(rows, padding_side):

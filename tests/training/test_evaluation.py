@@ -6,7 +6,8 @@ import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 
-from voco_llama_hf.training.evaluation import as_llava, evaluate_scenes, plot_results, print_results
+from voco_llama_hf.training.evaluation import evaluate_scenes, plot_results, print_results
+from voco_llama_hf.training.readers import as_llava, causal_reader, preprocess
 from voco_llama_hf.training.scenes import DIFFICULTIES, FAMILIES, make_scenes
 from voco_llama_hf.training.tiny import Recipe, build_model, build_processor
 
@@ -107,6 +108,26 @@ def test_llava_of_the_same_weights_gives_the_logits_of_uncompressed_reading(mode
         long = processor.tokenizer("<s>" + "<voco>" * 64 + prompt[len("<image>") :], add_special_tokens=False)
         llava = as_llava(model)(input_ids=torch.tensor([long.input_ids]), pixel_values=inputs["pixel_values"])
     torch.testing.assert_close(llava.logits[0, -len(logits) :], logits, atol=1e-4, rtol=1e-4)
+
+
+def test_causal_reading_gives_the_answers_of_the_causal_forward(model, processor):
+    scenes = make_scenes("test", 4)
+    read = causal_reader(model, processor, preprocess(processor, scenes), k=2)
+    questions = ["Where is the red star?", "What colour is the circle?", "How many digits are there?", "Is it?"]
+    expected = []
+    for question, image in zip(questions, scenes["image"]):
+        inputs = processor(images=image, text=f"<image>\n{question}\n", num_voco_tokens=2, return_tensors="pt")
+        ids = inputs["input_ids"]
+        for _ in range(6):
+            step = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad():
+                logits = model(**step, attention_mode="causal").logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+            if ids[0, -1] == processor.tokenizer.eos_token_id:
+                break
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        expected.append(processor.decode(new, skip_special_tokens=True).strip())
+    assert read(questions, [0, 1, 2, 3]) == expected
 
 
 def test_results_are_written_printed_and_drawn(results, tmp_path):

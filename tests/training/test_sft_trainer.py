@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
 from voco_llama_hf.training import VoCoSFTConfig, VoCoSFTTrainer
 from voco_llama_hf.training.elastic import draw_num_voco_tokens
-from voco_llama_hf.training.evaluation import as_llava
+from voco_llama_hf.training.readers import as_llava
 from voco_llama_hf.training.sft_trainer import print_trainable_parameters
 
 

@@ -10,6 +10,7 @@ from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.training import VoCoDataCollator
 from voco_llama_hf.training.muon import MuonWithAdamW
 from voco_llama_hf.training.scenes import COLOURS, POSITIONS, SHAPES, make_scenes
+from voco_llama_hf.training.single_questions import SingleQuestionCollator
 from voco_llama_hf.training.tiny import (
     Phase,
     Recipe,
@@ -34,7 +35,7 @@ RECIPE = Recipe(
     text_layers=1,
     phases=(
         Phase("uncompressed", 2, 1e-3, "constant_with_warmup", num_voco_tokens=(0,), describe=True),
-        Phase("voco", 3, 1e-3, "cosine", num_voco_tokens=(1, 2, 0)),
+        Phase("voco", 3, 1e-3, "warmup_stable_decay", num_voco_tokens=(1, 2, 0), describe=True, single=True),
     ),
 )
 
@@ -100,14 +101,39 @@ def test_template_starts_text_with_bos(processor):
 @pytest.mark.parametrize("describe", [False, True])
 def test_answers_alone_are_trained(processor, scenes, describe):
     collator = VoCoDataCollator(processor, assistant_only_loss=True)
-    batch = collator([conversations(scenes, describe)[i] for i in range(6)])
+    phase = Phase("some", 1, 1e-3, "cosine", num_voco_tokens=(1,), questions=5, describe=describe)
+    batch = collator([conversations(scenes, phase)[i] for i in range(6)])
     for row, ids, labels in zip(scenes.select(range(6)), batch["input_ids"], batch["labels"]):
         trained = labels != -100
         assert (ids[trained] == labels[trained]).all()
         answers = processor.tokenizer.decode(labels[trained]).split("</s>")
-        assert answers == [*row["answers"], *([row["description"]] if describe else []), ""]
+        assert answers == [*row["answers"][:5], *([row["description"]] if describe else []), ""]
     assert batch["pixel_values"].shape == (6, 3, 64, 64)
     assert batch["input_ids"].dtype == torch.long
+
+
+def test_single_questions_are_tokenized_as_they_are_asked(processor, scenes):
+    phase = Phase("some", 1, 1e-3, "cosine", num_voco_tokens=(1,), questions=5, describe=True, single=True)
+    examples = [conversations(scenes, phase)[i] for i in range(4)]
+    batch = SingleQuestionCollator(processor, num_voco_tokens=3)(examples)
+    assert batch["num_voco_tokens"].tolist() == [3] * 4
+    assert batch["pixel_values"].shape == (4, 3, 64, 64)
+    for i, example in enumerate(examples):
+        ids, labels, groups = (batch[name][i] for name in ("input_ids", "labels", "text_groups"))
+        assert groups.max() == len(example["messages"]) / 2 == 6
+        assert ids[groups == 0].tolist() == [processor.image_token_id] * 3 + [0] * int(
+            (1 - batch["attention_mask"][i]).sum()
+        )
+        for group in range(1, 7):
+            question, answer = (message["content"] for message in example["messages"][2 * group - 2 : 2 * group])
+            prompt = render(
+                processor, [{"role": "user", "content": f"<image>\n{question}"}], add_generation_prompt=True
+            )
+            asked = processor(images=example["image"], text=prompt, num_voco_tokens=3).input_ids[0][3:]
+            own = ids[groups == group].tolist()
+            assert own[: len(asked)] == asked
+            assert processor.tokenizer.decode(own[len(asked) :]) == f"{answer}</s>"
+            assert labels[groups == group].tolist() == [-100] * len(asked) + own[len(asked) :]
 
 
 def test_images_of_any_size_are_resized(processor, scenes):

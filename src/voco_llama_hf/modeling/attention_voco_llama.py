@@ -36,6 +36,32 @@ def voco_mask_function(segment_ids: torch.Tensor, readable: torch.Tensor) -> Cal
     return inner_mask
 
 
+def text_group_function(text_groups: torch.Tensor) -> Callable:
+    """
+    A mask function under which tokens see group 0 and their own group.
+
+    Args:
+        text_groups (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Group of every token.
+    """
+
+    def inner_mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.Tensor:
+        kv_group = text_groups[batch_idx, kv_idx]
+        return (kv_group == 0) | (kv_group == text_groups[batch_idx, q_idx])
+
+    return inner_mask
+
+
+def group_positions(text_groups: torch.Tensor) -> torch.Tensor:
+    """Positions under which every group stands right behind the tokens of group 0 before it, of the same shape."""
+    columns = torch.arange(text_groups.shape[1], device=text_groups.device).expand_as(text_groups)
+    is_common = text_groups == 0
+    num_common = is_common.long().cumsum(-1)
+    begins = torch.ones_like(is_common)
+    begins[:, 1:] = text_groups[:, 1:] != text_groups[:, :-1]
+    begin = columns.masked_fill(~begins, 0).cummax(-1).values
+    return torch.where(is_common, num_common - 1, num_common + columns - begin)
+
+
 def position_window_function(position_ids: torch.Tensor, sliding_window: int) -> Callable:
     """A sliding window over compact positions, in which a hidden image takes no room."""
 

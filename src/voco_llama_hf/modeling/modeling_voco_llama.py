@@ -26,9 +26,11 @@ from transformers.utils.generic import can_return_tuple
 from .attention_voco_llama import (
     ExpandedLayout,
     VoCoRuns,
+    group_positions,
     per_image_counts,
     position_window_function,
     resolve_num_voco_tokens,
+    text_group_function,
     voco_mask_function,
 )
 from .cache_voco_llama import VoCoCache, check_fingerprint
@@ -364,6 +366,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
         voco_cache: VoCoCache | None = None,
         attention_mode: str | None = None,
+        text_groups: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
@@ -381,6 +384,10 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 undefined: a [`VoCoCache`] does not keep hidden states.
             attention_mode (`str`, *optional*):
                 `"voco"`, `"causal"` or `"uncompressed"`; `config.attention_mode` by default.
+            text_groups (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Lets one row ask many questions about its images, each as if it were alone: a token sees those of group
+                0 and of its own, and is numbered behind the tokens of group 0. `<voco>` tokens belong to group 0, and
+                the tokens of a group are neighbours. Single pass only.
             use_cache (`bool`, *optional*):
                 With a cache, images are compressed first (two stages); without, the long sequence is run at once.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
@@ -412,6 +419,12 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         language_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        two_stages = self._runs_in_two_stages(mode, use_cache, past_key_values)
+        if text_groups is not None and (two_stages or pixel_values is None):
+            raise ValueError(
+                "text_groups needs pixel_values, use_cache=False and an attention that takes masks "
+                f"({', '.join(MASKABLE_ATTENTION)})"
+            )
         if pixel_values is None and voco_cache is None and features is None:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **language_inputs
@@ -425,8 +438,10 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 num_voco_tokens = voco_cache.token_counts
             counts = resolve_num_voco_tokens(num_voco_tokens, len(images), int(voco_mask.sum()))
             runs = VoCoRuns.find(voco_mask, counts)
-            if pixel_values is not None and not self._runs_in_two_stages(mode, use_cache, past_key_values):
-                return self._forward_expanded(inputs_embeds, pixel_values, runs, mode, **language_inputs)
+            if pixel_values is not None and not two_stages:
+                return self._forward_expanded(
+                    inputs_embeds, pixel_values, runs, mode, text_groups=text_groups, **language_inputs
+                )
             features = self.get_image_features(pixel_values, counts, voco_cache)
         rows: Any = features.pooler_output
         return self._forward_injected(inputs_embeds, rows, voco_mask, past_key_values, use_cache, **language_inputs)
@@ -451,6 +466,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor,
         runs: VoCoRuns,
         mode: str,
+        text_groups: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         **kwargs,
@@ -471,13 +487,22 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         embeds = embeds.index_put((layout.prefix_rows[:, None], layout.prefix), prefix.to(embeds))
         embeds = embeds.index_put((runs.rows[:, None], layout.suffix), suffix[: layout.suffix.shape[1]].to(embeds))
         mask = layout.attention_mask(attention_mask, runs)
+        columns = torch.arange(short_length, device=embeds.device)[None]
+        if position_ids is None:
+            position_ids = columns if text_groups is None else group_positions(text_groups)
+        rules = []
+        if text_groups is not None:
+            groups = torch.zeros_like(mask, dtype=torch.long).scatter(1, layout.short, text_groups)
+            rules.append(text_group_function(groups))
         if mode == "voco":
-            if position_ids is None:
-                position_ids = torch.arange(short_length, device=embeds.device)[None]
             positions = layout.compact_positions(position_ids.expand(batch_size, -1), runs)
-            mask = self._voco_attention_mask(embeds, mask, positions, *layout.segments(runs, batch_size))
+            rules.append(voco_mask_function(*layout.segments(runs, batch_size)))
         else:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            if text_groups is not None:
+                positions = positions.scatter_add(1, layout.short, position_ids - columns)
+        if rules:
+            mask = self._masked_attention(embeds, mask, positions, and_masks(*rules))
 
         outputs: BaseModelOutputWithPast = self.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **kwargs
@@ -493,17 +518,11 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             image_hidden_states=vision,
         )
 
-    def _voco_attention_mask(
-        self,
-        embeds: torch.Tensor,
-        padding_mask: torch.Tensor,
-        positions: torch.Tensor,
-        segment_ids: torch.Tensor,
-        readable: torch.Tensor,
+    def _masked_attention(
+        self, embeds: torch.Tensor, padding_mask: torch.Tensor, positions: torch.Tensor, rule: Callable
     ):
         """The finished mask of a single pass, in the form that the text model's attention takes."""
         config = self.config.text_config
-        rule = voco_mask_function(segment_ids, readable)
         full = create_causal_mask(config, embeds, padding_mask, past_key_values=None, and_mask_function=rule)
         window = sliding_window(config)
         if window is None:

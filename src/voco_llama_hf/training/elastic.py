@@ -21,9 +21,9 @@ def keep_voco_tokens(
 
     Args:
         batch (`dict[str, torch.Tensor]`):
-            Output of the processor: `input_ids`, `attention_mask`, perhaps `labels`, all `(batch_size,
-            sequence_length)`, and `num_voco_tokens`, one number an image. What is a sequence shorter is padded on the
-            right.
+            Output of the processor: `input_ids`, `attention_mask`, perhaps `labels` and `text_groups`, all
+            `(batch_size, sequence_length)`, and `num_voco_tokens`, one number an image. What is a sequence shorter is
+            padded on the right.
 
     Raises:
         ValueError: if an image has fewer VoCo tokens than are to be kept.
@@ -42,7 +42,7 @@ def keep_voco_tokens(
     place = torch.arange(int(is_voco.sum()), device=ids.device) - first.repeat_interleave(counts)
     dropped = torch.zeros_like(is_voco).masked_scatter(is_voco, place >= num_voco_tokens)
     order = dropped.long().argsort(dim=-1, stable=True)
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100, "text_groups": 0}
     moved = {
         name: batch[name].masked_fill(dropped, value).gather(1, order)
         for name, value in padding.items()

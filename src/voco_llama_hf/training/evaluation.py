@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
+from .readers import Reader, preprocess, uncompressed_reader, voco_reader
 from .scenes import DIFFICULTIES, FAMILIES, make_scenes
 
 
-# Answers the questions about the images at these indices.
-Reader = Callable[[list[str], list[int]], list[str]]
 Scores = dict[str, dict[str, float]]
 
 UNCOMPRESSED = "uncompressed"
-MAX_ANSWER_TOKENS = 6
 
 
 @contextmanager
@@ -107,10 +104,35 @@ def evaluate_scenes(
         [`ScenesResults`]
     """
     scenes = make_scenes(split, limit, seed=seed)
-    pixel_values = processor.image_processor(images=list(scenes["image"]), return_tensors="pt").pixel_values
-    readers = {f"k={k}": _voco_reader(model, processor, pixel_values, k) for k in num_voco_tokens}
+    pixel_values = preprocess(processor, scenes)
+    readers = {f"k={k}": voco_reader(model, processor, pixel_values, k) for k in num_voco_tokens}
     if include_uncompressed:
-        readers[UNCOMPRESSED] = _uncompressed_reader(model, processor, pixel_values)
+        readers[UNCOMPRESSED] = uncompressed_reader(model, processor, pixel_values)
+    return score_readers(readers, scenes, split, shuffled, batch_size, progress)
+
+
+def score_readers(
+    readers: dict[str, Reader],
+    scenes: Dataset,
+    split: str,
+    shuffled: bool = True,
+    batch_size: int = 128,
+    progress: bool = True,
+) -> ScenesResults:
+    """
+    What [`evaluate_scenes`] does, for readers of any kind.
+
+    Args:
+        readers (`dict[str, Reader]`): Readers of the images of `scenes`, by mode.
+        scenes ([`~datasets.Dataset`]): Rows of [`make_scenes`].
+        split (`str`): Their split.
+        shuffled (`bool`, *optional*, defaults to `True`): Whether to measure the blind level too.
+        batch_size (`int`, *optional*, defaults to 128): Questions answered at a time.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+    Returns:
+        [`ScenesResults`]
+    """
     own, other = list(range(len(scenes))), _other_scenes(list(scenes["difficulty"]))
     accuracy, blind = {}, {}
     for mode, reader in readers.items():
@@ -161,86 +183,6 @@ def _score(
         }
         for name in DIFFICULTIES
     }
-
-
-def _prompts(processor: ProcessorMixin, questions: list[str]) -> list[str]:
-    conversations = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        for question in questions
-    ]
-    return processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-
-
-def _decode(processor: ProcessorMixin, ids: torch.Tensor) -> list[str]:
-    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-
-
-def _voco_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor, k: int) -> Reader:
-    """Reads images from `k` VoCo tokens each; every image is compressed once, at the first question."""
-    cache = None
-
-    def read(questions: list[str], images: list[int]) -> list[str]:
-        nonlocal cache
-        if cache is None:
-            cache = model.compress(pixel_values.to(model.dtype), num_voco_tokens=k, show_progress=False)
-        batch = cache[images]
-        inputs = processor(
-            text=_prompts(processor, questions),
-            voco_cache=batch,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        ids = model.generate(**inputs, voco_cache=batch, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-        return _decode(processor, ids[:, inputs["input_ids"].shape[1] :])
-
-    return read
-
-
-def _uncompressed_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor) -> Reader:
-    """Reads images as a LLaVA of the same weights does, from all their vision tokens."""
-    llava = as_llava(model)
-    features = llava.get_image_features(pixel_values=pixel_values[:1].to(model.device, model.dtype), return_dict=True)
-    prefix = processor.tokenizer.decode(model.config.vision_prefix_token_ids)
-    image = prefix + processor.voco_token * features.pooler_output[0].shape[0]
-
-    def read(questions: list[str], images: list[int]) -> list[str]:
-        inputs = processor.tokenizer(
-            [prompt.replace(processor.image_token, image) for prompt in _prompts(processor, questions)],
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        ids = llava.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=pixel_values[images].to(model.device, model.dtype),
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-        )
-        return _decode(processor, ids[:, inputs["input_ids"].shape[1] :])
-
-    return read
-
-
-def as_llava(model: PreTrainedModel) -> LlavaForConditionalGeneration:
-    """A [`~transformers.LlavaForConditionalGeneration`] of the same weights, its image placeholder `<voco>`."""
-    config = model.config
-    llava = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=config.vision_config,
-            text_config=config.text_config,
-            image_token_id=config.voco_token_id,
-            projector_hidden_act=config.projector_hidden_act,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            vision_feature_layer=config.vision_feature_layer,
-            multimodal_projector_bias=config.multimodal_projector_bias,
-        )
-    )
-    llava.load_state_dict(model.state_dict())
-    llava.generation_config = model.generation_config
-    return llava.to(model.device, model.dtype).eval()
 
 
 def print_results(results: ScenesResults, console: Console | None = None) -> None:

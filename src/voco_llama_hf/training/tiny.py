@@ -14,6 +14,7 @@ import torch
 import typer
 from datasets import Dataset, load_from_disk
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -32,6 +33,7 @@ from .phases import phase_options, run_phase
 from .scenes import CANVAS, DESCRIBE, DIFFICULTIES, make_scenes
 from .sft_config import VoCoSFTConfig
 from .sft_trainer import VoCoSFTTrainer
+from .single_questions import SingleQuestionCollator
 from .vision import train_vision_tower
 
 
@@ -125,6 +127,7 @@ class Phase:
         questions (`int`): Number of questions about each image.
         describe (`bool`): Whether a description of the scene ends every conversation: it asks for all that there is
             to see, which a compressed image learns to keep.
+        single (`bool`): Whether every question sees the image and itself only.
     """
 
     name: str
@@ -134,6 +137,7 @@ class Phase:
     num_voco_tokens: tuple[int, ...]
     questions: int = 8
     describe: bool = False
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,16 @@ class Recipe:
             Phase("uncompressed", 1500, 7e-4, "constant_with_warmup", (0,)),
             Phase("compression", 1250, 1e-3, "constant_with_warmup", (1, 1, 2, 2, 4, 8, 0), describe=True),
             Phase("questions", 2000, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
-            Phase("voco", 5000, 1e-3, "warmup_stable_decay", (1, 1, 2, 2, 4, 8, 8, 0), questions=12, describe=True),
+            Phase(
+                "voco",
+                3600,
+                1e-3,
+                "warmup_stable_decay",
+                (1, 1, 2, 2, 4, 8, 8, 0),
+                questions=12,
+                describe=True,
+                single=True,
+            ),
         )
     )
 
@@ -284,8 +297,12 @@ def train_phase(
     recipe: Recipe,
     phase: Phase,
     work_dir: Path,
+    **options,
 ) -> list[dict]:
-    """Trains `model` in place, from the last checkpoint of the phase where there is one. Returns the trainer's log."""
+    """
+    Trains `model` in place, from the last checkpoint of the phase where there is one; `options` are further arguments
+    of [`VoCoSFTConfig`]. Returns the trainer's log.
+    """
     validation = scenes["validation"].select(range(min(128, len(scenes["validation"]))))
     args = VoCoSFTConfig(
         **phase_options(work_dir / phase.name, phase.steps, recipe.batch_size, recipe.seed),
@@ -298,10 +315,13 @@ def train_phase(
         assistant_only_loss=True,
         max_length=None,
         pad_to_multiple_of=8,
+        **options,
     )
+    collator = SingleQuestionCollator(processor, max(phase.num_voco_tokens)) if phase.single else None
     trainer = MuonSFTTrainer(
         model,
         args,
+        data_collator=collator,
         train_dataset=conversations(scenes["train"], phase),
         eval_dataset=conversations(validation, phase),
         processing_class=processor,
@@ -361,8 +381,7 @@ def train(recipe: Recipe, work_dir: Path, num_proc: int | None = None, compile: 
         if not final.exists():
             # A new one each time: accelerate's mixed precision stays off for a model that it has prepared before
             model = build_model(processor, recipe)
-            trained = VoCoLlamaForConditionalGeneration.from_pretrained(previous, dtype=torch.float32)
-            model.load_state_dict(trained.state_dict())
+            model.load_state_dict(load_weights(previous))
             if compile:
                 compile_layers(model)
             start = time.monotonic()
@@ -375,6 +394,11 @@ def train(recipe: Recipe, work_dir: Path, num_proc: int | None = None, compile: 
 def final_dir(work_dir: Path, name: str) -> Path:
     """Folder of the model, the processor and the log at the end of a phase."""
     return work_dir / f"{name}-final"
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a saved model in float32."""
+    return {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -1,0 +1,123 @@
+"""Ways to answer a question about an image: from VoCo tokens, from all vision tokens, or from both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
+
+
+# Answers the questions about the images at these indices
+Reader = Callable[[list[str], list[int]], list[str]]
+
+MAX_ANSWER_TOKENS = 6
+
+
+def preprocess(processor: ProcessorMixin, scenes: Dataset) -> torch.Tensor:
+    """The images of scenes as `pixel_values` of shape `(num_scenes, 3, height, width)`."""
+    return processor.image_processor(images=list(scenes["image"]), return_tensors="pt").pixel_values
+
+
+def voco_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor, k: int) -> Reader:
+    """Reads images from `k` VoCo tokens each; every image is compressed once, at the first question."""
+    cache = None
+
+    def read(questions: list[str], images: list[int]) -> list[str]:
+        nonlocal cache
+        if cache is None:
+            cache = model.compress(pixel_values.to(model.dtype), num_voco_tokens=k, show_progress=False)
+        batch = cache[images]
+        inputs = processor(
+            text=_prompts(processor, questions),
+            voco_cache=batch,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        ids = model.generate(**inputs, voco_cache=batch, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        return _decode(processor, ids[:, inputs["input_ids"].shape[1] :])
+
+    return read
+
+
+def uncompressed_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor) -> Reader:
+    """Reads images as a LLaVA of the same weights does, from all their vision tokens."""
+    return _llava_reader(model, processor, pixel_values, placeholder=processor.voco_token)
+
+
+def causal_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor, k: int) -> Reader:
+    """Reads images from all their vision tokens and `k` VoCo tokens behind, nothing hidden (paper, Table 1)."""
+    behind = processor.tokenizer.decode(model.config.vision_suffix_token_ids) + processor.voco_token * k
+    return _llava_reader(model, processor, pixel_values, placeholder=processor.image_token, behind=behind)
+
+
+def _llava_reader(
+    model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor, placeholder: str, behind: str = ""
+) -> Reader:
+    llava = as_llava(model, processor.tokenizer.convert_tokens_to_ids(placeholder))
+    features = llava.get_image_features(pixel_values=pixel_values[:1].to(model.device, model.dtype), return_dict=True)
+    prefix = processor.tokenizer.decode(model.config.vision_prefix_token_ids)
+    image = prefix + placeholder * features.pooler_output[0].shape[0] + behind
+
+    def read(questions: list[str], images: list[int]) -> list[str]:
+        inputs = processor.tokenizer(
+            [prompt.replace(processor.image_token, image) for prompt in _prompts(processor, questions)],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        ids = llava.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=pixel_values[images].to(model.device, model.dtype),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+        )
+        return _decode(processor, ids[:, inputs["input_ids"].shape[1] :])
+
+    return read
+
+
+def _prompts(processor: ProcessorMixin, questions: list[str]) -> list[str]:
+    conversations = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        for question in questions
+    ]
+    return processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+
+
+def _decode(processor: ProcessorMixin, ids: torch.Tensor) -> list[str]:
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def as_llava(model: PreTrainedModel, image_token_id: int | None = None) -> LlavaForConditionalGeneration:
+    """
+    A LLaVA of the same modules: the weights are shared, and whatever projects the image is kept.
+
+    Args:
+        model ([`VoCoLlamaForConditionalGeneration`]): Where the modules come from.
+        image_token_id (`int`, *optional*): Token that stands for a vision token, `<voco>` by default.
+
+    Returns:
+        [`~transformers.LlavaForConditionalGeneration`]
+    """
+    config = model.config
+    llava_config = LlavaConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        image_token_id=config.voco_token_id if image_token_id is None else image_token_id,
+        projector_hidden_act=config.projector_hidden_act,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_feature_layer=config.vision_feature_layer,
+        multimodal_projector_bias=config.multimodal_projector_bias,
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(llava_config)
+    for name, part in model.model.named_children():
+        setattr(llava.model, name, part)
+    llava.lm_head = model.lm_head
+    llava.generation_config = model.generation_config
+    return llava.eval()
