@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -12,6 +13,7 @@ from typer.core import TyperCommand
 from .errors import UsageProblem
 from .options import (
     DeviceOption,
+    Dtype,
     DtypeOption,
     ForceOption,
     ModelOption,
@@ -21,6 +23,9 @@ from .options import (
     parse_numbers,
 )
 
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
 PLOT_FORMATS = (".pdf", ".png", ".svg")
@@ -36,6 +41,13 @@ class Split(str, Enum):
     test = "test"
 
 
+class Suite(str, Enum):
+    """What is measured."""
+
+    scenes = "scenes"
+    retention = "retention"
+
+
 class Evaluate(TyperCommand):
     """Takes `-k 1 2 4` besides `-k 1,2,4`."""
 
@@ -45,56 +57,146 @@ class Evaluate(TyperCommand):
 
 def evaluate(
     model: ModelOption = None,
+    suite: Annotated[
+        Suite,
+        typer.Option(
+            help="scenes: how many questions a model answers right. retention: what survives VoCo tokens, and other "
+            "ways to shorten an image, all trained alike from one start: hours without a GPU."
+        ),
+    ] = Suite.scenes,
     split: Annotated[Split, typer.Option(help="Split of the scenes.")] = Split.test,
     num_voco_tokens: Annotated[
-        str, typer.Option(*NUMBERS_OPTIONS, metavar="K [K...]", help="Numbers of VoCo tokens to compare.")
-    ] = "1 2 4 8",
+        str | None,
+        typer.Option(
+            *NUMBERS_OPTIONS,
+            metavar="K [K...]",
+            help="Numbers of VoCo tokens to compare. By default 1 2 4 8, of retention 1 2 4 8 16.",
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Scenes to ask about.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 128,
+    work_dir: Annotated[
+        Path, typer.Option(help="Of retention: folder of data, weights and answers; what is there is not made again.")
+    ] = Path("runs") / "retention",
+    steps: Annotated[int, typer.Option(min=1, help="Of retention: steps that everything is trained for.")] = 1000,
+    seeds: Annotated[int, typer.Option(min=1, help="Of retention: how often everything is trained.")] = 3,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the results to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw the results into (.png, .pdf, .svg).")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Measure how well a model answers questions about the scenes it was trained on.
+    """Measure how well a model answers questions about the scenes it was trained on, or what survives compression.
 
     voco-llama evaluate --num-voco-tokens 1 2 4 8 --output results.json --plot results.png
+
+    voco-llama evaluate --suite retention --output retention.json --plot retention.png
     """
-    check_train_extra("evaluate", TRAIN_EXTRA)
-    counts = tuple(parse_numbers(num_voco_tokens, "--num-voco-tokens"))
-    if not counts or min(counts) < 1:
-        raise UsageProblem("--num-voco-tokens takes numbers from 1 on")
+    check_train_extra("evaluate", TRAIN_EXTRA if suite is Suite.scenes else (*TRAIN_EXTRA, "peft", "trl"))
+    counts = check_counts(num_voco_tokens or ("1 2 4 8" if suite is Suite.scenes else "1 2 4 8 16"))
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
     if plot is not None and plot.suffix.lower() not in PLOT_FORMATS:
         raise UsageProblem(f"{plot} can be drawn as {', '.join(PLOT_FORMATS)} only")
+    if suite is Suite.scenes:
+        evaluate_model(model, split.value, counts, limit, batch_size, output, plot, device, dtype)
+    else:
+        if any(option is not None for option in (model, device, dtype)):
+            raise UsageProblem(
+                "--suite retention trains its own models: --model, --device and --dtype do not go with it"
+            )
+        compare_compressors(work_dir, steps, seeds, split.value, counts, limit, output, plot)
+
+
+def check_counts(text: str) -> tuple[int, ...]:
+    """
+    Raises:
+        UsageProblem: if `text` names no numbers of VoCo tokens, or some that are too small or too large.
+    """
+    from ..modeling.processing_voco_llama import MAX_VOCO_TOKENS
+
+    counts = tuple(parse_numbers(text, "--num-voco-tokens"))
+    if not counts or min(counts) < 1:
+        raise UsageProblem("--num-voco-tokens takes numbers from 1 on")
+    if max(counts) > MAX_VOCO_TOKENS:
+        raise UsageProblem(f"--num-voco-tokens can be at most {MAX_VOCO_TOKENS}, got {max(counts)}")
+    return counts
+
+
+def wide_console() -> Console:
+    """A console that cuts no numbers off, in a pipe too."""
+    from rich.console import Console
+
+    return Console(width=max(Console().width, TABLE_WIDTH))
+
+
+def evaluate_model(
+    model: str | None,
+    split: str,
+    counts: tuple[int, ...],
+    limit: int,
+    batch_size: int,
+    output: Path | None,
+    plot: Path | None,
+    device: str | None,
+    dtype: Dtype | None,
+) -> None:
+    """Asks one model."""
     from .loading import find_model, load_model
 
     network, processor = load_model(find_model(model), device, dtype)
     import datasets
-    from rich.console import Console
 
-    from ..modeling.processing_voco_llama import MAX_VOCO_TOKENS
     from ..training.evaluation import evaluate_scenes, plot_results, print_results
 
-    if max(counts) > MAX_VOCO_TOKENS:
-        raise UsageProblem(f"--num-voco-tokens can be at most {MAX_VOCO_TOKENS}, got {max(counts)}")
     datasets.disable_progress_bars()
-    console = Console()
+    console = wide_console()
     results = evaluate_scenes(
         network,
         processor,
-        split.value,
+        split,
         num_voco_tokens=counts,
         batch_size=batch_size,
         limit=limit,
         progress=console.is_terminal,
     )
-    # A narrower console would cut the numbers off, in a pipe too
-    print_results(results, Console(width=max(console.width, TABLE_WIDTH)))
+    print_results(results, console)
     if output is not None:
         results.save(output)
     if plot is not None:
         plot_results(results, plot)
+
+
+def compare_compressors(
+    work_dir: Path,
+    steps: int,
+    seeds: int,
+    split: str,
+    counts: tuple[int, ...],
+    limit: int,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """Trains and asks everything of the retention suite."""
+    import json
+
+    from ..training.evaluation import written_aside
+    from ..training.retention.report import make_rows, plot_rows, print_rows
+    from ..training.retention.study import Study, run_study
+    from ..training.scenes import DIFFICULTIES
+
+    console = wide_console()
+    study = Study(work_dir, steps)
+    results = run_study(study, tuple(sorted(set(counts))), range(seeds), split, limit, report=console.rule)
+    about = f"{split} split, {limit} scenes, {steps} steps, {seeds} seeds"
+    rows = {difficulty: make_rows(results, difficulty) for difficulty in DIFFICULTIES}
+    for difficulty, its_rows in rows.items():
+        print_rows(its_rows, f"{difficulty} scenes: exact match and retention in percent ({about})", console)
+    if output is not None:
+        settings = {"split": split, "limit": limit, "steps": steps, "seeds": seeds, "num_voco_tokens": counts}
+        table = {difficulty: [asdict(row) for row in its_rows] for difficulty, its_rows in rows.items()}
+        with written_aside(output) as part:
+            part.write_text(json.dumps({**settings, "rows": table}, indent=2) + "\n")
+    if plot is not None:
+        plot_rows(rows["dense"], f"dense scenes ({about})", plot)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluation import UNCOMPRESSED, ScenesResults, written_aside
+from ..evaluation import ScenesResults, written_aside
 from ..scenes import FAMILIES
 from .study import CAUSAL, UPPER
 
@@ -38,8 +37,8 @@ class Row:
 
     arm: str
     reading: str
-    accuracy: dict[str, list[float]] = field(default_factory=dict)
-    retention: list[float] = field(default_factory=list)
+    accuracy: dict[str, list[float]]
+    retention: list[float]
 
 
 def make_rows(results: dict[str, list[ScenesResults]], difficulty: str) -> list[Row]:
@@ -63,50 +62,40 @@ def percent(values: list[float]) -> str:
     return f"{100 * mean(values):.1f}{spread}"
 
 
-def _cells(rows: list[Row]) -> Iterator[list[str]]:
-    yield ["arm", "asked with", "all", "retention", *FAMILIES]
-    for row in rows:
-        numbers = [row.accuracy["all"], row.retention, *(row.accuracy[family] for family in FAMILIES)]
-        yield [row.arm, row.reading, *map(percent, numbers)]
-
-
 def print_rows(rows: list[Row], title: str, console: Console) -> None:
     """Prints the table, in percent."""
-    headings, *lines = _cells(rows)
     table = Table(title=title)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
-    for before, line in zip([["", ""], *lines], lines):
-        table.add_row("" if before[0] == line[0] else line[0], *line[1:])
+    for heading in ("arm", "asked with"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("all", "retention", *FAMILIES):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = ""
+    for row in rows:
+        numbers = [row.accuracy["all"], row.retention, *(row.accuracy[family] for family in FAMILIES)]
+        table.add_row("" if row.arm == shown else row.arm, row.reading, *map(percent, numbers))
+        shown = row.arm
     console.print(table)
 
 
-def markdown(rows: list[Row]) -> str:
-    """The table as a model card shows it."""
-    headings, *lines = _cells(rows)
-    rule = ["---", "---", *["---:"] * (len(headings) - 2)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
-
-
-def as_dict(rows: list[Row]) -> list[dict]:
-    """The rows as JSON takes them."""
-    return [asdict(row) for row in rows]
+def make_curves(rows: list[Row]) -> dict[str, list[tuple[int, list[float]]]]:
+    """Retention over the number of tokens, by the name of the curve; arms trained at one k share a curve besides."""
+    curves: dict[str, list[tuple[int, list[float]]]] = {}
+    for row in rows:
+        if row.reading.startswith("k=") and row.arm != "lower bound":
+            k = int(row.reading.removeprefix("k="))
+            if row.arm == f"trained at k={k}":
+                curves.setdefault("trained at each k", []).append((k, row.retention))
+            curves.setdefault(row.arm, []).append((k, row.retention))
+    # An arm that was asked at its own k only is a point of the shared curve
+    return {name: points for name, points in curves.items() if len(points) > 1 or not name.startswith("trained at k=")}
 
 
 def plot_rows(rows: list[Row], title: str, path: Path) -> None:
     """Draws retention over the number of VoCo tokens, with the baselines and the paper's figures."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     panel = figure.subplots()
-    curves: dict[str, list[tuple[int, list[float]]]] = {}
-    largest = max(int(row.reading[2:]) for row in rows if row.reading.startswith("k="))
-    for row in rows:
-        if row.reading.startswith("k=") and row.arm != "lower bound":
-            k = int(row.reading[2:])
-            if row.arm == f"trained at k={k}":
-                curves.setdefault("trained for each k", []).append((k, row.retention))
-            if row.arm.startswith("trained at") and row.arm != f"trained at k={largest}":
-                continue
-            curves.setdefault(row.arm, []).append((k, row.retention))
+    curves = make_curves(rows)
+    largest = max(k for points in curves.values() for k, _ in points)
     for name, points in curves.items():
         ks, values = zip(*points)
         centres = [100 * mean(value) for value in values]
@@ -125,6 +114,3 @@ def plot_rows(rows: list[Row], title: str, path: Path) -> None:
     figure.legend(loc="outside right center", frameon=False)
     with written_aside(path) as part:
         figure.savefig(part, dpi=150, format=path.suffix[1:])
-
-
-__all__ = ["UNCOMPRESSED", "Row", "as_dict", "make_rows", "markdown", "plot_rows", "print_rows"]

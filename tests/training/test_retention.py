@@ -1,0 +1,123 @@
+import io
+import json
+
+import pytest
+import torch
+from datasets import disable_progress_bars
+from rich.console import Console
+from training.test_tiny import RECIPE
+
+from voco_llama_hf.training.evaluation import ScenesResults
+from voco_llama_hf.training.readers import preprocess, uncompressed_reader
+from voco_llama_hf.training.retention.baselines import put_compressor
+from voco_llama_hf.training.retention.report import make_curves, make_rows, plot_rows, print_rows
+from voco_llama_hf.training.retention.study import Arm, Study, make_arms, run_study
+from voco_llama_hf.training.scenes import DIFFICULTIES, FAMILIES, make_scenes
+from voco_llama_hf.training.tiny import build_model, build_processor
+
+
+disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(make_scenes("train", 50))
+
+
+@pytest.mark.parametrize(("compressor", "num_tokens"), [("average pooling", 1), ("q-former", 1), ("q-former", 3)])
+def test_a_compressor_makes_few_tokens_of_an_image(processor, compressor, num_tokens):
+    model = build_model(processor, RECIPE)
+    scenes = make_scenes("validation", 3)
+    images = preprocess(processor, scenes)
+    before = model.model.get_vision_features(images)
+    put_compressor(model, compressor, num_tokens)
+    features = model.model.get_vision_features(images)
+    assert before.shape == (3, 64, 256) and features.shape == (3, num_tokens, 256)
+    if compressor == "average pooling":
+        # It starts as the mean of what the text model knows
+        torch.testing.assert_close(features[:, 0], before.mean(1))
+
+    inputs = processor(images=list(scenes["image"]), text=["<image>\nWhere?\n"] * 3, return_tensors="pt")
+    model(**inputs, attention_mode="uncompressed", labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+    assert all(model.model.vision_tower.embeddings.patch_embedding.weight.grad.flatten() != 0)
+
+    questions = ["Where is the red star?", "How many digits are there?"]
+    answers = uncompressed_reader(model.eval(), processor, images)(questions, [2, 0])
+    inputs = processor(images=scenes[2]["image"], text=f"<image>\n{questions[0]}\n", return_tensors="pt")
+    with torch.no_grad():
+        first = model(**inputs, attention_mode="uncompressed").logits[0, -1].argmax()
+    assert answers[0].startswith(processor.decode(first, skip_special_tokens=True).strip())
+
+
+def scores(value: float) -> dict[str, dict[str, float]]:
+    return {difficulty: dict.fromkeys(("all", *FAMILIES), value) for difficulty in DIFFICULTIES}
+
+
+def results(**accuracy: float) -> ScenesResults:
+    by_reading = {name.replace("_", "="): scores(value) for name, value in accuracy.items()}
+    return ScenesResults("test", 1, {}, by_reading, {})
+
+
+RESULTS = {
+    "upper bound": [results(causal=0.9, k_1=0.3), results(causal=0.8, k_1=0.2)],
+    "q-former": [results(k_1=0.45), results(k_1=0.5)],
+    "trained at k=1": [results(k_1=0.6), results(k_1=0.5)],
+    "trained at k=2": [results(k_1=0.6, k_2=0.9), results(k_1=0.5, k_2=0.8)],
+    "elastic": [results(k_1=0.75, k_2=0.9, uncompressed=0.9), results(k_1=0.8, k_2=0.8, uncompressed=0.8)],
+}
+
+
+def test_retention_is_the_share_between_the_bounds_of_the_same_seed():
+    rows = {(row.arm, row.reading): row for row in make_rows(RESULTS, "dense")}
+    assert rows["upper bound", "causal"].retention == pytest.approx([1, 1])
+    assert rows["lower bound", "k=1"].retention == pytest.approx([0, 0])
+    assert rows["q-former", "k=1"].retention == pytest.approx([0.25, 0.5])
+    assert rows["elastic", "k=1"].retention == pytest.approx([0.75, 1])
+    assert rows["elastic", "uncompressed"].accuracy["where"] == [0.9, 0.8]
+
+
+def test_curves_have_a_point_for_each_number_of_tokens():
+    curves = make_curves(make_rows(RESULTS, "dense"))
+    points = {name: [k for k, _ in points] for name, points in curves.items()}
+    assert points == {"q-former": [1], "trained at each k": [1, 2], "trained at k=2": [1, 2], "elastic": [1, 2]}
+
+
+def test_the_table_and_the_picture(tmp_path):
+    rows = make_rows(RESULTS, "dense")
+    console = Console(file=io.StringIO(), width=200)
+    print_rows(rows, "some title", console)
+    table = console.file.getvalue()
+    assert all(word in table for word in ("upper bound", "lower bound", "37.5 ±17.7", "85.0 ±7.1", *FAMILIES))
+    plot_rows(rows, "some title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_arm_of_the_paper_is_there():
+    arms = {arm.name: arm for arm in make_arms((1, 2, 16))}
+    assert len({arm.folder for arm in arms.values()}) == len(arms) == 9
+    assert arms["upper bound"].attention_mode == "causal"
+    assert arms["trained at k=2"].read_at == (2,) and arms["trained at k=16"].read_at == (1, 2, 16)
+    assert arms["elastic, distilled"].num_voco_tokens == arms["elastic"].num_voco_tokens == (1, 2, 16, 0)
+
+
+@pytest.mark.slow
+def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
+    study = Study(tmp_path, steps=2, base=RECIPE, compile=False)
+    said = []
+    first = run_study(study, (1, 2), range(2), "validation", 4, report=said.append)
+    assert len(said) == 1 + 2 * len(make_arms((1, 2)))
+    assert set(first["upper bound"][0].accuracy) == {"causal", "k=1"}
+    assert set(first["elastic"][1].accuracy) == {"k=1", "k=2", "uncompressed"}
+    assert set(first["q-former"][0].accuracy) == {"k=1"}
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = run_study(study, (1, 2), range(2), "validation", 4, report=said.append)
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
+
+    # Seeds differ in what is trained, arms in how
+    weights = [study.trained(Arm("elastic", (1, 2, 0)), seed).lm_head.weight for seed in (0, 1)]
+    assert not torch.equal(*weights)
+    log = json.loads((tmp_path / "elastic-distilled-2-steps-seed-0-final" / "log.json").read_text())["log"]
+    assert any("distillation_loss" in entry for entry in log)
