@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import disable_progress_bars
 from rich.console import Console
-from training.test_tiny import RECIPE
+from training.recipe import RECIPE
 
 from voco_llama_hf.training.evaluation import ScenesResults
 from voco_llama_hf.training.readers import preprocess, uncompressed_reader

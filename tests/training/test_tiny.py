@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import disable_progress_bars
+from training.recipe import RECIPE
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.training import VoCoDataCollator
@@ -24,20 +25,6 @@ from voco_llama_hf.training.tiny import (
 
 
 disable_progress_bars()
-RECIPE = Recipe(
-    num_train_scenes=64,
-    num_validation_scenes=8,
-    num_test_scenes=8,
-    batch_size=4,
-    vision_batch_size=4,
-    vision_steps=2,
-    vision_layers=1,
-    text_layers=1,
-    phases=(
-        Phase("uncompressed", 2, 1e-3, "constant_with_warmup", num_voco_tokens=(0,), describe=True),
-        Phase("voco", 3, 1e-3, "warmup_stable_decay", num_voco_tokens=(1, 2, 0), describe=True, single=True),
-    ),
-)
 
 
 @pytest.fixture(scope="module")
