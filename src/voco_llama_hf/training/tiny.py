@@ -162,7 +162,7 @@ class Recipe:
             Phase("questions", 2000, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
             Phase(
                 "voco",
-                3600,
+                2700,
                 1e-3,
                 "warmup_stable_decay",
                 (1, 1, 2, 2, 4, 8, 8, 0),
