@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import pytest
+from modeling.helpers import build_processor, tiny_model
+
+from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
+def torch_model(processor):
+    """A random model of three layers, with the ids of `processor`."""
+    return tiny_model(voco_token_id=processor.image_token_id)
+
+
+@pytest.fixture(scope="session")
+def exported(torch_model, processor, tmp_path_factory) -> Path:
+    """`torch_model` in ONNX."""
+    folder = tmp_path_factory.mktemp("onnx") / "exported"
+    export_onnx(torch_model, folder, processor)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ort_model(exported):
+    return ORTVoCoLlamaForConditionalGeneration.from_pretrained(exported)

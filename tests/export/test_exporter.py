@@ -1,0 +1,179 @@
+"""What an export writes, and what it refuses."""
+
+import os
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from modeling.helpers import random_inputs, tiny_model
+from transformers import AutoProcessor, Qwen3Config
+
+from voco_llama_hf import VoCoLlamaConfig
+from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
+from voco_llama_hf.export.validation import Difference, check_differences
+
+
+FILES = {
+    *("compressor_model.onnx", "compressor_model.onnx.data", "decoder_model.onnx", "decoder_model.onnx.data"),
+    *("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    """One layer: exports in seconds."""
+    return tiny_model(text={"num_hidden_layers": 1})
+
+
+def test_the_folder_is_complete(exported):
+    assert {path.name for path in exported.iterdir()} >= FILES
+    assert isinstance(VoCoLlamaConfig.from_pretrained(exported), VoCoLlamaConfig)
+    assert AutoProcessor.from_pretrained(exported)(text="<image>", voco_cache=None).input_ids == [[127]]
+
+
+def test_names_and_axes_of_the_graphs(exported):
+    """As Optimum has them, so that other tools recognise them."""
+    compressor, decoder = (
+        onnxruntime.InferenceSession(exported / f"{name}_model.onnx") for name in ("compressor", "decoder")
+    )
+    images = {value.name: value.shape for value in compressor.get_inputs()}
+    assert images == {"pixel_values": ["num_images", 3, 28, 28], "num_voco_tokens": []}
+    axes = {value.name: value.shape for value in (*decoder.get_inputs(), *decoder.get_outputs())}
+    assert axes["input_ids"] == axes["position_ids"] == ["batch_size", "sequence_length"]
+    assert axes["attention_mask"] == ["batch_size", "past_length + sequence_length"]
+    assert axes["past_key_values.2.value"] == ["batch_size", 2, "past_length", 16]
+    assert axes["logits"] == ["batch_size", "sequence_length", 128]
+    assert axes["present.0.key"] == ["batch_size", 2, "past_length + sequence_length", 16]
+    assert len(axes) == 3 + 6 + 1 + 6
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [({"precision": "fp16"}, 0.05), ({"quantize": "int8"}, 0.3), ({"quantize": "int4"}, 0.5)]
+)
+def test_smaller_weights(small_model, tmp_path, options, tolerance):
+    report = export_onnx(small_model, tmp_path / "exported", **options)
+    model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "exported")
+    inputs = random_inputs(small_model, [["image:2", "text:5"]])
+    with torch.no_grad():
+        expected = small_model(**inputs).logits[:, 2:]
+    difference = model(**inputs).logits[:, 2:].float() - expected
+    assert difference.norm() < tolerance * expected.norm()
+    assert model.dtype == (torch.float16 if options.get("precision") == "fp16" else torch.float32)
+    weights = sum(parameter.nbytes for parameter in small_model.model.language_model.parameters())
+    assert report.sizes["decoder"] < 0.8 * weights
+    assert small_model.dtype == torch.float32
+
+
+def test_fusions(small_model, tmp_path):
+    """Graphs for the CPU provider have ONNX Runtime's own operators, and the same answers."""
+    export_onnx(small_model, tmp_path / "fused", provider="CPUExecutionProvider")
+    graph = onnx.load(tmp_path / "fused" / "decoder_model.onnx", load_external_data=False).graph
+    assert any(node.domain == "com.microsoft" for node in graph.node)
+    model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "fused")
+    inputs = random_inputs(small_model, [["text:2", "image:2", "text:5"], ["image:1", "text:2"]])
+    expected = small_model.generate(**inputs, do_sample=False, max_new_tokens=6)
+    assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=6), expected)
+
+
+def test_other_text_models_and_opset(tmp_path):
+    model = tiny_model(text_class=Qwen3Config, text={"num_hidden_layers": 1})
+    export_onnx(model, tmp_path / "exported", opset=20)
+    graph = onnx.load(tmp_path / "exported" / "decoder_model.onnx", load_external_data=False)
+    assert next(opset.version for opset in graph.opset_import if opset.domain == "") == 20
+    ort_model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "exported")
+    inputs = random_inputs(model, [["text:2", "image:2", "text:5"]])
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=6)
+    assert torch.equal(ort_model.generate(**inputs, do_sample=False, max_new_tokens=6), expected)
+
+
+def test_export_on_the_fly_and_save(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path / "torch")
+    model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "torch", export=True)
+    model.save_pretrained(tmp_path / "saved")
+    saved = ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    inputs = random_inputs(small_model, [["image:2", "text:5"]])
+    torch.testing.assert_close(saved(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, got 'fp8'"),
+        ({"quantize": "int2"}, "quantize must be one of int8, int4"),
+        ({"provider": "AbacusExecutionProvider"}, "no AbacusExecutionProvider, it has .*CPUExecutionProvider.*export"),
+        ({"precision": "bf16"}, "has no bf16 kernels"),
+    ],
+)
+def test_bad_arguments(small_model, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(small_model, tmp_path / "exported", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_taken(small_model, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    for output, message in (("full", "is not empty"), ("full/file", "is a file"), ("no/where", "is not a folder")):
+        with pytest.raises(OSError, match=message):
+            export_onnx(small_model, tmp_path / output)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full"]
+
+
+def test_a_full_disk_leaves_nothing(small_model, tmp_path, monkeypatch):
+    """The limit of the process on the size of a file stands for the end of the disk."""
+    resource = pytest.importorskip("resource")
+    signal = pytest.importorskip("signal")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError):
+            export_onnx(small_model, tmp_path / "exported")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_beyond_tolerance():
+    fine = Difference("decoder", {"batch_size": 1}, 1e-4, 1e-5, 1e-3, "logits", True)
+    check_differences([fine])
+    for absolute, relative in ((1e-2, 1e-5), (1e-4, 1e-2), (float("nan"), float("nan"))):
+        bad = Difference("decoder", {"batch_size": 3}, absolute, relative, 1e-3, "logits", True)
+        with pytest.raises(ValueError, match=r"1 of 2 runs .* the decoder at batch_size=3: logits"):
+            check_differences([fine, bad])
+
+
+@pytest.mark.parametrize("name", ["decoder_model.onnx", "compressor_model.onnx", "decoder_model.onnx.data"])
+def test_damaged_graphs(exported, tmp_path, name):
+    for path in exported.iterdir():
+        if path.is_file():
+            os.link(path, tmp_path / path.name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"cannot open .*{name.removesuffix('.data')}"):
+        ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_foreign_graphs(exported, tmp_path):
+    """Graphs of another model: other names, other shapes."""
+    for path in exported.iterdir():
+        if path.is_file():
+            os.link(path, tmp_path / path.name)
+    config = VoCoLlamaConfig.from_pretrained(exported)
+    config.text_config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match=r"not a graph of this model: it has other outputs .* present.2"):
+        ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path, config=config)
+    config = VoCoLlamaConfig.from_pretrained(exported)
+    config.text_config.num_key_value_heads = 4
+    with pytest.raises(ValueError, match="not a graph of this model: its keys and values"):
+        ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path, config=config)
+    with pytest.raises(OSError, match=r"compressor_model.onnx"):
+        ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path.parent)
+
+
+def test_providers_that_are_not_there(exported):
+    with pytest.raises(ValueError, match=r"no CUDAExecutionProvider, it has .*export-gpu brings onnxruntime-gpu"):
+        ORTVoCoLlamaForConditionalGeneration.from_pretrained(exported, provider="CUDAExecutionProvider")
