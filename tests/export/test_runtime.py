@@ -144,7 +144,7 @@ def test_streamer(torch_model, ort_model):
     assert streamer.ended and len(streamer.pieces) == 6
 
 
-def test_pipeline(torch_model, ort_model, processor, capfd):
+def test_pipeline(torch_model, ort_model, processor):
     messages = [
         {
             "role": "user",
@@ -161,7 +161,6 @@ def test_pipeline(torch_model, ort_model, processor, capfd):
         for model in (torch_model, ort_model)
     ]
     assert answers[0] == answers[1]
-    assert "is not supported" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,13 @@
 """From a model to a folder of ONNX graphs that agree with it."""
 
 import copy
+import io
 import json
+import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,6 @@ from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicC
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, check_new_folder, new_folder
 from .graphs import COMPRESSOR, DECODER, Graph, build_graphs, export_graph
-from .quantization import quantize_to_int4
 from .session import TorchSession, check_provider
 from .validation import Difference, check_differences, compare
 
@@ -91,7 +94,8 @@ def export_onnx(
     with new_folder(output) as aside:
         for graph in build_graphs(model):
             progress(f"Exporting the {graph.name}")
-            program = convert(graph, quantize, FUSIONS.get(running_on) if provider else None, opset)
+            with quiet():
+                program = convert(graph, quantize, FUSIONS.get(running_on) if provider else None, opset)
             if graph.name == COMPRESSOR:
                 program.metadata_props[FINGERPRINT] = json.dumps(fingerprint)
             path = aside / FILES[graph.name]
@@ -114,4 +118,22 @@ def convert(graph: Graph, quantize: str | None, fusions: Any, opset: int | None)
     if quantize == "int8":
         quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm"]))
     program = export_graph(graph, OnnxConfig(opset_version=opset, ort_fusions=fusions, quantizer=quantizer))
-    return quantize_to_int4(program) if quantize == "int4" else program
+    if quantize == "int4":
+        # Sets up logging for the whole process when it is imported
+        from .quantization import quantize_to_int4
+
+        return quantize_to_int4(program)
+    return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the steps that the exporters print, and their notes about operators that nobody asked for."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

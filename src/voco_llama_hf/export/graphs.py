@@ -1,9 +1,6 @@
 """The two graphs that are exported: images to keys and values of VoCo tokens, and text behind them to logits."""
 
-import io
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir
@@ -74,17 +71,16 @@ class Graph:
     Args:
         sample (`Callable`):
             Random inputs for given sizes of the dynamic axes: the keyword arguments of the module.
-        axes (`dict[str, tuple[str | None, ...]]`):
-            Name of every axis of every input, None where the size is fixed, in the order of the inputs.
-        output_names (`list[str]`):
-            Names of the outputs, as Optimum names them.
+        inputs, outputs (`dict[str, tuple[str | None, ...]]`):
+            Names of the inputs and outputs in order, as Optimum names them, and of their axes: None where the size is
+            fixed.
     """
 
     name: str
     module: torch.nn.Module
     sample: Callable[[dict[str, int]], dict]
-    axes: dict[str, tuple[str | None, ...]]
-    output_names: list[str]
+    inputs: dict[str, tuple[str | None, ...]]
+    outputs: dict[str, tuple[str | None, ...]]
 
 
 def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
@@ -122,7 +118,7 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
             Compressor(model),
             compressor_sample,
             {"pixel_values": (IMAGES, None, None, None), VOCO: (VOCO,)},
-            presents,
+            dict.fromkeys(presents, (IMAGES, None, VOCO, None)),
         ),
         Graph(
             DECODER,
@@ -134,7 +130,7 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
                 "position_ids": (BATCH, SEQUENCE),
                 **dict.fromkeys(pasts, (BATCH, None, PAST, None)),
             },
-            ["logits", *presents],
+            {"logits": (BATCH, SEQUENCE, None), **dict.fromkeys(presents, (BATCH, None, total, None))},
         ),
     ]
 
@@ -151,45 +147,28 @@ def export_graph(graph: Graph, config: OnnxConfig) -> onnx_ir.Model:
         config ([`~transformers.exporters.OnnxConfig`]): Opset, fusions and quantizer; the dynamic axes are set here.
     """
     sample = graph.sample(EXPORT_SIZES)
-    axes = iter(graph.axes.values())
+    axes = iter(graph.inputs.values())
     config.dynamic_shapes = torch.utils._pytree.tree_map(
         lambda _: {i: Dim.DYNAMIC if name == PAST else Dim.AUTO for i, name in enumerate(next(axes)) if name}, sample
     )
-    with quiet():
-        program, _ = OnnxExporter().export_program(graph.module, sample, config)
+    program, _ = OnnxExporter().export_program(graph.module, sample, config)
     _name_values(program.graph, graph)
     if graph.name == COMPRESSOR:
         _take_number(program.graph)
     return program
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the steps that PyTorch's exporter prints, and its notes about operators that are not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _name_values(graph: onnx_ir.Graph, described: Graph) -> None:
+def _name_values(program: onnx_ir.Graph, graph: Graph) -> None:
     """Inputs, outputs and their axes by the names that other ONNX tools recognise."""
     names: dict[str, str] = {}
-    for value, (name, axes) in zip(graph.inputs, described.axes.items(), strict=True):
+    values = [*program.inputs, *program.outputs]
+    for value, (name, axes) in zip(values, [*graph.inputs.items(), *graph.outputs.items()], strict=True):
+        value.name = name
         for size, axis in zip(value.shape, axes, strict=True):
-            if axis is not None:
-                if isinstance(size, int):
-                    raise ValueError(f"{described.name}: the exporter fixed {axis} of {name} at {size}")
-                names[str(size)] = axis
-        value.name = name
-    for value, name in zip(graph.outputs, described.output_names, strict=True):
-        value.name = name
-    values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
-    for value in values:
+            if axis is not None and isinstance(size, int):
+                raise ValueError(f"the {graph.name} cannot be exported: {axis} of {name} turned out fixed at {size}")
+            names |= {} if axis is None else {str(size): axis}
+    for value in [*program.inputs, *(value for node in program.all_nodes() for value in node.outputs)]:
         if value.shape is not None:
             value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import onnxruntime
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, DynamicCache, GenerationConfig
+from huggingface_hub import HfApi
+from transformers import AutoModel, Cache, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
-from transformers.utils.hub import PushToHubMixin, cached_file, cached_files
+from transformers.utils.hub import cached_file, cached_files
 
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from ..modeling.attention_voco_llama import per_image_counts, resolve_num_voco_tokens
@@ -29,7 +30,7 @@ from .session import TorchSession, check_provider
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin, PushToHubMixin):
+class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
     r"""
     VoCo-LLaMA for ONNX Runtime, with `compress` and `generate` of [`VoCoLlamaForConditionalGeneration`]. Keys and
     values stay on the device of the provider. Load it with [`from_pretrained`].
@@ -65,7 +66,6 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin, PushToHubMi
     input_modalities = ("image", "text")
     output_modalities = ("text",)
     base_model_prefix = "model"
-    config_class = AutoConfig
     _is_stateful = False
 
     def __init__(
@@ -157,8 +157,16 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin, PushToHubMi
         )
         return cls(compressor, decoder, config, generation_config, folder)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Copies graphs and configuration to a new folder, and to the Hub with `push_to_hub=True`."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload VoCo-LLaMA in ONNX",
+    ) -> None:
+        """Copies graphs and configuration to a new folder, and with `push_to_hub=True` to the Hub."""
         source, target = Path(str(self.model_save_dir)), Path(save_directory)
         with new_folder(target) as aside:
             for path in source.iterdir():
@@ -167,9 +175,9 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin, PushToHubMi
             self.config.save_pretrained(aside)
             self.generation_config.save_pretrained(aside)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", target.name)
-            repo_id = self._create_repo(repo_id, **{name: kwargs.pop(name) for name in ("private",) if name in kwargs})
-            self._upload_modified_files(target, repo_id, {}, **kwargs)
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id or target.name, private=private, exist_ok=True).repo_id
+            api.upload_folder(repo_id=repo_id, folder_path=target, commit_message=commit_message)
 
     def __call__(self, *args, **kwargs) -> LlavaCausalLMOutputWithPast:
         return self.forward(*args, **kwargs)
@@ -414,7 +422,3 @@ def check_graph(
         )
     if name == "compressor" and FINGERPRINT not in session.metadata:
         raise ValueError("the compressor is not a graph of this package: it does not say which model it is of")
-
-
-# As Optimum's classes do: pipelines look here for what they support
-AutoModelForImageTextToText.register(AutoConfig, ORTVoCoLlamaForConditionalGeneration)

@@ -60,11 +60,14 @@ def compare(graph: Graph, session: TorchSession, kind: str) -> list[Difference]:
     differences = []
     for sizes in SIZES[graph.name]:
         sample = graph.sample(sizes)
-        expected = dict(zip(graph.output_names, torch.utils._pytree.tree_leaves(graph.module(**sample))))
-        inputs = dict(zip(graph.axes, torch.utils._pytree.tree_leaves(sample)))
+        expected = dict(zip(graph.outputs, torch.utils._pytree.tree_leaves(graph.module(**sample))))
+        inputs = dict(zip(graph.inputs, torch.utils._pytree.tree_leaves(sample)))
         if graph.name == COMPRESSOR:
             inputs[VOCO] = torch.tensor(sizes[VOCO])
-        outputs = session.run(inputs, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+        try:
+            outputs = session.run(inputs, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+        except Exception as error:  # ONNX Runtime's own errors share no class
+            raise ValueError(f"the {graph.name} fails at {describe(sizes)}: {' '.join(str(error).split())}") from error
         relative, absolute = {}, []
         for name, tensor in expected.items():
             error = outputs[name].to(tensor.device).float() - tensor.float()
@@ -94,9 +97,12 @@ def check_differences(differences: list[Difference]) -> None:
     bad = [difference for difference in differences if not difference.is_fine]
     if bad:
         worst = bad[0]
-        sizes = ", ".join(f"{name}={size}" for name, size in worst.sizes.items())
         raise ValueError(
             f"{len(bad)} of {len(differences)} runs differ from PyTorch beyond tolerance, first the {worst.graph} at "
-            f"{sizes}: {worst.output} by {worst.relative:.1e} of its size (at most {worst.absolute:.1e}), allowed is "
-            f"{worst.tolerance:.0e}"
+            f"{describe(worst.sizes)}: {worst.output} by {worst.relative:.1e} of its size (at most "
+            f"{worst.absolute:.1e}), allowed is {worst.tolerance:.0e}"
         )
+
+
+def describe(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -139,7 +139,13 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         Returns:
             `torch.Tensor` of shape `(num_images, V, hidden_size)`.
         """
-        return torch.stack(super().get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
+        # As LlavaModel.get_image_features does, whose list of images would fix their number in an exported graph
+        layers = self.config.vision_feature_layer
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=layers, return_dict=True).hidden_states
+        chosen = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if self.config.vision_feature_select_strategy == "default":
+            chosen = [states[:, 1:] for states in chosen]
+        return self.multi_modal_projector(torch.cat(chosen, dim=-1))
 
     def get_image_features(
         self,
@@ -226,7 +232,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         """
         vision = self.get_vision_features(pixel_values.to(self.vision_tower.device))
         before, suffix, voco = (
-            self._embed_ids(ids).expand(len(vision), -1, -1)
+            self._embed_ids(ids).expand(vision.shape[0], -1, -1)
             for ids in (
                 self.config.vision_prefix_token_ids,
                 self.config.vision_suffix_token_ids,
