@@ -105,7 +105,9 @@ def export_onnx(
             progress(f"Running the {graph.name} against PyTorch")
             differences += compare(graph, TorchSession(path, running_on), quantize or precision)
         check_differences(differences)
-        model.config.save_pretrained(aside)
+        config = copy.deepcopy(model.config)
+        config.dtype = model.dtype
+        config.save_pretrained(aside)
         model.generation_config.save_pretrained(aside)
         if processor is not None:
             processor.save_pretrained(aside)
