@@ -7,21 +7,16 @@ from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_on
 
 
 @pytest.fixture(scope="session")
-def processor():
-    return build_processor()
+def torch_model():
+    """A random model of three layers."""
+    return tiny_model()
 
 
 @pytest.fixture(scope="session")
-def torch_model(processor):
-    """A random model of three layers, with the ids of `processor`."""
-    return tiny_model(voco_token_id=processor.image_token_id)
-
-
-@pytest.fixture(scope="session")
-def exported(torch_model, processor, tmp_path_factory) -> Path:
+def exported(torch_model, tmp_path_factory) -> Path:
     """`torch_model` in ONNX."""
     folder = tmp_path_factory.mktemp("onnx") / "exported"
-    export_onnx(torch_model, folder, processor)
+    export_onnx(torch_model, folder, build_processor())
     return folder
 
 

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling.helpers import random_inputs, random_pixels
-from PIL import Image
 from transformers import DynamicCache, StaticCache, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
@@ -63,6 +62,7 @@ def test_logits_and_cache(torch_model, ort_model, layouts, side, seed):
         {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
         {"do_sample": True, "temperature": 0.9},
         {"prefill_chunk_size": 3},
+        {"prefill_chunk_size": 1},
         {"repetition_penalty": 1.3},
     ],
 )
@@ -144,25 +144,6 @@ def test_streamer(torch_model, ort_model):
     assert streamer.ended and len(streamer.pieces) == 6
 
 
-def test_pipeline(torch_model, ort_model, processor):
-    messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": Image.linear_gradient("L").convert("RGB")},
-                {"type": "text", "text": "What is this?"},
-            ],
-        }
-    ]
-    answers = [
-        pipeline("image-text-to-text", model=model, processor=processor)(
-            text=messages, max_new_tokens=6, generate_kwargs={"do_sample": False}
-        )
-        for model in (torch_model, ort_model)
-    ]
-    assert answers[0] == answers[1]
-
-
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory):
     """The embedded checkpoint in PyTorch and on ONNX Runtime, and its processor."""
@@ -195,6 +176,21 @@ def test_answers_of_the_embedded_checkpoint(embedded):
     answers = greedy_answers(ort_model, processor, 30)
     assert answers == greedy_answers(model, processor, 30)
     assert len(set(answers)) > 5
+
+
+def test_pipeline(embedded):
+    model, ort_model, processor = embedded
+    content = [
+        {"type": "image", "image": make_scene("test", 0)["image"]},
+        {"type": "text", "text": "What colour is the circle?"},
+    ]
+    answers = [
+        pipeline("image-text-to-text", model=network, processor=processor)(
+            text=[{"role": "user", "content": content}], max_new_tokens=6, generate_kwargs={"do_sample": False}
+        )
+        for network in (model, ort_model)
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_images_must_be_followed_by_text(torch_model, ort_model):

@@ -88,7 +88,8 @@ def export_onnx(
 
     fingerprint = model.fingerprint()
     if model.dtype != PRECISIONS[precision]:
-        model = copy.deepcopy(model).to(PRECISIONS[precision])
+        copied: Any = copy.deepcopy(model)
+        model = copied.to(PRECISIONS[precision])
     model.eval()
     sizes, differences = {}, []
     with new_folder(output) as aside:

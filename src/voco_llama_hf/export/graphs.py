@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir
 import torch
@@ -47,7 +48,7 @@ class Decoder(torch.nn.Module):
         position_ids: torch.Tensor,
         past_key_values: KeyValues,
     ) -> tuple[torch.Tensor, KeyValues]:
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for keys, values in past_key_values:
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
@@ -77,7 +78,7 @@ class Graph:
     """
 
     name: str
-    module: torch.nn.Module
+    module: Any  # a torch.nn.Module, where the exporter's annotation asks for a whole model
     sample: Callable[[dict[str, int]], dict]
     inputs: dict[str, tuple[str | None, ...]]
     outputs: dict[str, tuple[str | None, ...]]
@@ -89,7 +90,7 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
     num_layers, heads, head_dim = key_value_shape(text)
     presents = [f"present.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
     pasts = [f"past_key_values.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
-    like = {"dtype": model.dtype, "device": model.device}
+    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
 
     def compressor_sample(sizes: dict[str, int]) -> dict:
         size = vision.image_size
@@ -164,7 +165,8 @@ def _name_values(program: onnx_ir.Graph, graph: Graph) -> None:
     values = [*program.inputs, *program.outputs]
     for value, (name, axes) in zip(values, [*graph.inputs.items(), *graph.outputs.items()], strict=True):
         value.name = name
-        for size, axis in zip(value.shape, axes, strict=True):
+        shape: Any = value.shape
+        for size, axis in zip(shape, axes, strict=True):
             if axis is not None and isinstance(size, int):
                 raise ValueError(f"the {graph.name} cannot be exported: {axis} of {name} turned out fixed at {size}")
             names |= {} if axis is None else {str(size): axis}

@@ -75,7 +75,7 @@ def prefill(
     past: KeyValues,
     voco_mask: torch.Tensor,
     images: torch.Tensor,
-) -> tuple[torch.Tensor, KeyValues]:
+) -> tuple[torch.Tensor | None, KeyValues]:
     """
     Args:
         decode (`Callable`):
@@ -88,8 +88,9 @@ def prefill(
             Keys, at their positions, and values of those tokens, row by row.
 
     Returns:
-        `tuple[torch.Tensor, KeyValues]`: logits `(batch_size, sequence_length, vocab_size)`, zeros where an image or
-        padding is, and the present keys and values, column by column as in `attention_mask`.
+        `tuple[torch.Tensor | None, KeyValues]`: logits `(batch_size, sequence_length, vocab_size)`, zeros where an image
+        or padding is and None without any text, and the present keys and values, column by column as in
+        `attention_mask`.
     """
     length = input_ids.shape[1]
     everything = attention_mask.bool()
@@ -113,8 +114,6 @@ def prefill(
             if logits is None:
                 logits = new_logits.new_zeros(*input_ids.shape, new_logits.shape[-1])
             logits[here.to(logits.device)] = new_logits[packed_mask(here.sum(1), "right").to(logits.device)]
-    if logits is None:
-        raise ValueError("the input has images only: it must end with text")
     return logits, move_columns(past, filled, everything)
 
 

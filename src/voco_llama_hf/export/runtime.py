@@ -80,7 +80,9 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         self.config: Any = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self.model_save_dir = model_save_dir
-        layers, heads, head_dim = self._key_value_shape = key_value_shape(config.text_config)
+        self._aside: tempfile.TemporaryDirectory | None = None
+        text_config: Any = config.text_config
+        layers, heads, head_dim = self._key_value_shape = key_value_shape(text_config)
         self._presents = [f"present.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
         self._pasts = [name.replace("present", "past_key_values") for name in self._presents]
         check_graph(compressor, "compressor", ["pixel_values", "num_voco_tokens"], self._presents, (heads, head_dim))
@@ -90,8 +92,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         self.device = decoder.device
         # Images are put in at their place, for which their keys are rotated
         with torch.device("meta"):
-            rotary_class: Any = type(AutoModel.from_config(config.text_config).rotary_emb)
-        self.rotary_emb = rotary_class(config.text_config).to(self.device)
+            rotary_class: Any = type(AutoModel.from_config(text_config).rotary_emb)
+        self.rotary_emb = rotary_class(text_config).to(self.device)
 
     @classmethod
     def from_pretrained(
@@ -145,7 +147,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         cached_files(model_id, [COMPRESSOR_FILE, DECODER_FILE, "config.json"], **hub)
         optional = [data_file(COMPRESSOR_FILE), data_file(DECODER_FILE), "generation_config.json"]
         cached_files(model_id, optional, _raise_exceptions_for_missing_entries=False, **hub)
-        folder = Path(compressor_file).parent
+        folder = Path(str(compressor_file)).parent
         if config is None:
             config = VoCoLlamaConfig.from_pretrained(folder)
         generation_config = None
@@ -275,10 +277,10 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
     @torch.no_grad()
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
@@ -310,7 +312,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
             counts = resolve_num_voco_tokens(num_voco_tokens, len(images), int(voco_mask.sum()))
             features = self.get_image_features(pixel_values, counts, voco_cache)
 
-        cache = DynamicCache() if past_key_values is None else past_key_values
+        cache: Any = DynamicCache() if past_key_values is None else past_key_values
         past = self._read_cache(cache, len(input_ids))
         past_length, length = past[0][0].shape[2], input_ids.shape[1]
         if attention_mask is None:
@@ -319,6 +321,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
             position_ids = torch.arange(past_length, past_length + length)[None]
         position_ids = position_ids.expand(len(input_ids), -1)
         if features is None or not voco_mask.any():
+            logits: torch.Tensor | None
             logits, present = self._decode(input_ids, attention_mask, position_ids, past)
         else:
             rows: Any = features.pooler_output
@@ -327,6 +330,9 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
                 *(self._decode, input_ids.cpu(), attention_mask.cpu(), position_ids.cpu(), past),
                 *(voco_mask.cpu(), placed),
             )
+        if logits is None:
+            vocab_size = self.config.text_config.vocab_size
+            logits = torch.zeros(*input_ids.shape, vocab_size, dtype=self.dtype, device=self.device)
         if use_cache:
             write_cache(cache, present)
         return LlavaCausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
@@ -360,7 +366,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         keys = rotate_keys(keys, positions.to(self.device), self.rotary_emb)
         return torch.stack([keys, values]).transpose(1, 2).to(self.dtype)
 
-    def _read_cache(self, cache: Cache, batch_size: int) -> KeyValues:
+    def _read_cache(self, cache: Any, batch_size: int) -> KeyValues:
         """
         Raises:
             ValueError: if the cache is not a dynamic one, or has another number of layers.
@@ -374,9 +380,21 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
                 f"past_key_values must be a DynamicCache of {layers} layers, got a {type(cache).__name__} of "
                 f"{len(cache.layers)}"
             )
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        cached: Any = cache.layers
+        return [(layer.keys, layer.values) for layer in cached]
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs: dict, *args, **kwargs) -> dict:
+        is_text = inputs_tensor.ndim == 2
+        if model_kwargs.get("pixel_values") is not None and is_text and self.get_voco_mask(inputs_tensor)[:, -1].any():
+            raise ValueError(
+                "on ONNX Runtime a prompt must end with text, but its last token is <voco>: only the keys and values of "
+                "images are exported"
+            )
+        return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config, model_kwargs: dict, *args, **kwargs
+    ) -> None:
         """Graphs take the keys and values of every token, so sliding windows do not shorten the cache."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
@@ -386,10 +404,12 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DynamicCache()
         elif generation_config.use_cache:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, *args, **kwargs
+            )
 
 
-def write_cache(cache: Cache, present: KeyValues) -> None:
+def write_cache(cache: Any, present: KeyValues) -> None:
     """Makes `present` the content of a cache, without a copy where it has layers already."""
     for number, (keys, values) in enumerate(present):
         if number == len(cache.layers) or not cache.layers[number].is_initialized:

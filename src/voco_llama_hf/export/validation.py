@@ -70,9 +70,9 @@ def compare(graph: Graph, session: TorchSession, kind: str) -> list[Difference]:
             raise ValueError(f"the {graph.name} fails at {describe(sizes)}: {' '.join(str(error).split())}") from error
         relative, absolute = {}, []
         for name, tensor in expected.items():
-            error = outputs[name].to(tensor.device).float() - tensor.float()
-            relative[name] = float(error.norm() / tensor.float().norm())
-            absolute.append(error.abs().max())
+            deviation = outputs[name].to(tensor.device).float() - tensor.float()
+            relative[name] = float(deviation.norm() / tensor.float().norm())
+            absolute.append(deviation.abs().max())
         # A NaN is the worst of all
         worst = max(relative, key=lambda name: float("inf") if relative[name] != relative[name] else relative[name])
         differences.append(

@@ -13,6 +13,11 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
     `generate` for a model with `get_image_features` and `get_voco_mask`, see [`VoCoLlamaModel`].
     """
 
+    config: Any
+    device: Any
+    get_image_features: Any
+    get_voco_mask: Any
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str | None, generation_config
     ) -> dict:
