@@ -88,8 +88,8 @@ def prefill(
             Keys, at their positions, and values of those tokens, row by row.
 
     Returns:
-        `tuple[torch.Tensor | None, KeyValues]`: logits `(batch_size, sequence_length, vocab_size)`, zeros where an image
-        or padding is and None without any text, and the present keys and values, column by column as in
+        `tuple[torch.Tensor | None, KeyValues]`: logits `(batch_size, sequence_length, vocab_size)`, zeros where an
+        image or padding is and None without any text, and the present keys and values, column by column as in
         `attention_mask`.
     """
     length = input_ids.shape[1]

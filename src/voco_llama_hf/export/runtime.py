@@ -387,8 +387,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         is_text = inputs_tensor.ndim == 2
         if model_kwargs.get("pixel_values") is not None and is_text and self.get_voco_mask(inputs_tensor)[:, -1].any():
             raise ValueError(
-                "on ONNX Runtime a prompt must end with text, but its last token is <voco>: only the keys and values of "
-                "images are exported"
+                "on ONNX Runtime a prompt must end with text, but its last token is <voco>: only the keys and values "
+                "of images are exported"
             )
         return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
 
