@@ -8,8 +8,8 @@ from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_on
 
 @pytest.fixture(scope="session")
 def torch_model():
-    """A random model of three layers."""
-    return tiny_model()
+    """A random model of two layers."""
+    return tiny_model(text={"num_hidden_layers": 2})
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What an export writes, and what it refuses."""
 
 import os
+import signal
 
 import onnx
 import onnxruntime
@@ -42,10 +43,10 @@ def test_names_and_axes_of_the_graphs(exported):
     axes = {value.name: value.shape for value in (*decoder.get_inputs(), *decoder.get_outputs())}
     assert axes["input_ids"] == axes["position_ids"] == ["batch_size", "sequence_length"]
     assert axes["attention_mask"] == ["batch_size", "past_length + sequence_length"]
-    assert axes["past_key_values.2.value"] == ["batch_size", 2, "past_length", 16]
+    assert axes["past_key_values.1.value"] == ["batch_size", 2, "past_length", 16]
     assert axes["logits"] == ["batch_size", "sequence_length", 128]
     assert axes["present.0.key"] == ["batch_size", 2, "past_length + sequence_length", 16]
-    assert len(axes) == 3 + 6 + 1 + 6
+    assert len(axes) == 3 + 4 + 1 + 4
 
 
 def test_four_bits(small_model, tmp_path):
@@ -98,6 +99,7 @@ def test_fused_on_the_fly_and_saved(small_model, tmp_path):
         ({"quantize": "int2"}, "quantize must be one of int8, int4"),
         ({"provider": "AbacusExecutionProvider"}, "no AbacusExecutionProvider, it has .*CPUExecutionProvider.*export"),
         ({"precision": "bf16"}, "has no bf16 kernels"),
+        ({"precision": "fp16", "quantize": "int8"}, "int8 is quantized from fp32"),
     ],
 )
 def test_bad_arguments(small_model, tmp_path, options, message):
@@ -115,19 +117,28 @@ def test_outputs_that_are_taken(small_model, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full"]
 
 
-def test_a_full_disk_leaves_nothing(small_model, tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk():
     """The limit of the process on the size of a file stands for the end of the disk."""
     resource = pytest.importorskip("resource")
-    signal = pytest.importorskip("signal")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(OSError):
-            export_onnx(small_model, tmp_path / "exported")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_nothing_of_an_export(small_model, tmp_path, full_disk):
+    with pytest.raises(OSError):
+        export_onnx(small_model, tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_of_a_copy(ort_model, tmp_path, full_disk):
+    with pytest.raises(OSError):
+        ort_model.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,7 +169,7 @@ def test_foreign_graphs(exported, tmp_path):
         if path.is_file():
             os.link(path, tmp_path / path.name)
     config = VoCoLlamaConfig.from_pretrained(exported)
-    config.text_config.num_hidden_layers = 2
+    config.text_config.num_hidden_layers = 3
     with pytest.raises(ValueError, match=r"not a graph of this model: it has other outputs .* present.2"):
         ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path, config=config)
     config = VoCoLlamaConfig.from_pretrained(exported)

@@ -214,7 +214,7 @@ def test_what_the_graphs_lack(torch_model, ort_model, inputs):
     with pytest.raises(ValueError, match="cache_implementation='static'"):
         ort_model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
     filled = torch_model(**inputs, past_key_values=StaticCache(torch_model.config, max_cache_len=32)).past_key_values
-    with pytest.raises(ValueError, match="must be a DynamicCache of 3 layers, got a StaticCache"):
+    with pytest.raises(ValueError, match="must be a DynamicCache of 2 layers, got a StaticCache"):
         ort_model(input_ids=inputs["input_ids"][:, -1:], past_key_values=filled)
     with pytest.raises(ValueError, match="neither attentions nor hidden states"):
         ort_model(**inputs, output_hidden_states=True)

@@ -84,6 +84,8 @@ def export_onnx(
     check_provider(running_on)
     if precision == "bf16" and running_on == "CPUExecutionProvider":
         raise ValueError("the CPUExecutionProvider has no bf16 kernels: use fp32, fp16 or the CUDAExecutionProvider")
+    if quantize == "int8" and precision != "fp32":
+        raise ValueError(f"int8 is quantized from fp32: leave precision at fp32 instead of {precision}")
     check_new_folder(output)
 
     fingerprint = model.fingerprint()
