@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch.export import Dim
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -153,6 +154,8 @@ def export_graph(graph: Graph, config: OnnxConfig) -> onnx_ir.Model:
         lambda _: {i: Dim.DYNAMIC if name == PAST else Dim.AUTO for i, name in enumerate(next(axes)) if name}, sample
     )
     program, _ = OnnxExporter().export_program(graph.module, sample, config)
+    # The exporter leaves stack traces of this machine in every node
+    ClearMetadataAndDocStringPass()(program)
     _name_values(program.graph, graph)
     if graph.name == COMPRESSOR:
         _take_number(program.graph)
