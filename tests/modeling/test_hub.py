@@ -23,7 +23,8 @@ from transformers import (
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaModel, VoCoLlamaProcessor
 
 
-SHIPPED = {f"{name}_voco_llama.py" for name in ("attention", "cache", "configuration", "modeling", "processing")}
+PARTS = ("attention", "cache", "configuration", "generation", "modeling", "processing")
+SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """
 import importlib.util, json, sys
 import torch

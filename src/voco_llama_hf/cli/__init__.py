@@ -9,6 +9,7 @@ from .compress import compress
 from .convert import convert
 from .errors import OneLineErrors
 from .evaluate import Evaluate, evaluate
+from .export import app as export_app
 from .train import PASS_ON, train
 
 
@@ -37,4 +38,5 @@ app.command()(ask)
 app.command()(compress)
 app.command()(convert)
 app.command(cls=Evaluate)(evaluate)
+app.add_typer(export_app, name="export")
 app.command(context_settings=PASS_ON)(train)

@@ -55,13 +55,21 @@ def join_numbers(args: Sequence[str], options: Sequence[str]) -> list[str]:
     return joined
 
 
+def check_extra(command: str, extra: str, modules: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageProblem: if one of the `modules` of an extra is not installed.
+    """
+    if any(find_spec(module) is None for module in modules):
+        raise UsageProblem(f"{command} needs the extra {extra}: pip install 'voco-llama-hf[{extra}]'")
+
+
 def check_train_extra(command: str, modules: Sequence[str]) -> None:
     """
     Raises:
         UsageProblem: if one of the `modules` of the extra `train` is not installed.
     """
-    if any(find_spec(module) is None for module in modules):
-        raise UsageProblem(f"{command} needs the extra train: pip install 'voco-llama-hf[train]'")
+    check_extra(command, "train", modules)
 
 
 def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:

@@ -35,6 +35,7 @@ from .attention_voco_llama import (
 )
 from .cache_voco_llama import VoCoCache, check_fingerprint
 from .configuration_voco_llama import VoCoLlamaConfig, check_text_config, key_value_shape, layer_types, sliding_window
+from .generation_voco_llama import VoCoLlamaGenerationMixin
 
 
 ATTENTION_MODES = ("voco", "causal", "uncompressed")
@@ -140,7 +141,13 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         Returns:
             `torch.Tensor` of shape `(num_images, V, hidden_size)`.
         """
-        return torch.stack(super().get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
+        # As LlavaModel.get_image_features does, whose list of images would fix their number in an exported graph
+        layers = self.config.vision_feature_layer
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=layers, return_dict=True).hidden_states
+        chosen = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if self.config.vision_feature_select_strategy == "default":
+            chosen = [states[:, 1:] for states in chosen]
+        return self.multi_modal_projector(torch.cat(chosen, dim=-1))
 
     def get_image_features(
         self,
@@ -210,27 +217,37 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         return [torch.cat(tensors) for tensors in zip(*parts)]
 
     def _compress_batch(self, pixel_values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-        """One causal pass over a batch of segments."""
-        vision = self.get_vision_features(pixel_values.to(self.vision_tower.device))
-        num_kept = max(counts)
-        before = self._embed_ids(self.config.vision_prefix_token_ids).expand(len(vision), -1, -1)
-        behind_ids = [*self.config.vision_suffix_token_ids, *[self.config.voco_token_id] * num_kept]
-        behind = self._embed_ids(behind_ids).expand(len(vision), -1, -1)
-        segments = torch.cat([before, vision.to(before), behind], dim=1)
-        positions = torch.arange(num_kept - segments.shape[1], num_kept, device=segments.device)
-        kept = CompressionCache(num_kept)
         # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
-        hidden_states = self.language_model(
-            inputs_embeds=segments, position_ids=positions[None], past_key_values=kept, use_cache=True
-        ).last_hidden_state[:, -num_kept:]
-
+        kept, hidden_states = self.run_segments(pixel_values, max(counts))
         device = hidden_states.device
-        wanted = torch.arange(num_kept, device=device) < torch.tensor(counts, device=device)[:, None]
+        wanted = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
         keys, values = (
             torch.stack([layer.to(device) for layer in layers], dim=1).permute(0, 3, 1, 2, 4)[wanted]
             for layers in (kept.keys, kept.values)
         )
         return [keys, values, hidden_states[wanted]]
+
+    def run_segments(self, pixel_values: torch.Tensor, num_voco_tokens: int) -> tuple[CompressionCache, torch.Tensor]:
+        """
+        One causal pass over a batch of segments: keys at positions 0..k-1, values and last hidden states
+        `(num_images, num_voco_tokens, hidden_size)` of the VoCo tokens.
+        """
+        vision = self.get_vision_features(pixel_values.to(self.vision_tower.device))
+        before, suffix, voco = (
+            self._embed_ids(ids).expand(vision.shape[0], -1, -1)
+            for ids in (
+                self.config.vision_prefix_token_ids,
+                self.config.vision_suffix_token_ids,
+                [self.config.voco_token_id],
+            )
+        )
+        segments = torch.cat([before, vision.to(before), suffix, voco.expand(-1, num_voco_tokens, -1)], dim=1)
+        positions = torch.arange(num_voco_tokens - segments.shape[1], num_voco_tokens, device=segments.device)
+        kept = CompressionCache(num_voco_tokens)
+        hidden_states = self.language_model(
+            inputs_embeds=segments, position_ids=positions[None], past_key_values=kept, use_cache=True
+        ).last_hidden_state[:, -num_voco_tokens:]
+        return kept, hidden_states
 
     def _embed_ids(self, token_ids: list[int]) -> torch.Tensor:
         """Embeddings `(len(token_ids), hidden_size)`."""
@@ -288,14 +305,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             keys (`torch.Tensor` of shape `(tokens, ..., head_dim)`): Keys after their own rotation.
             positions (`torch.LongTensor` of shape `(tokens,)`): How far to move each token, may be negative.
         """
-        rotary_emb = self.language_model.rotary_emb
-        rotation = sys.modules[type(self.language_model).__module__].apply_rotary_pos_emb
-        by_head = keys.float().flatten(1, -2).transpose(0, 1)[None]
-        cos, sin = rotary_emb(by_head, positions[None].to(keys.device))
-        # Scaled RoPE (YaRN) scales cos and sin; the keys have that factor already
-        cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
-        rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
-        return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
+        return rotate_keys(keys, positions, self.language_model.rotary_emb)
 
     @torch.no_grad()
     def _check_rotation(self) -> None:
@@ -585,7 +595,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         )
 
 
-class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForConditionalGeneration):
+class VoCoLlamaForConditionalGeneration(
+    VoCoLlamaGenerationMixin, VoCoLlamaPreTrainedModel, LlavaForConditionalGeneration
+):
     """
     VoCo-LLaMA with a language modeling head. Its weights load into
     [`~transformers.LlavaForConditionalGeneration`] unchanged, and the other way round.
@@ -613,6 +625,10 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:  # type: ignore[override]
         """See [`VoCoLlamaModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
+
+    def get_voco_mask(self, *args, **kwargs) -> torch.Tensor:
+        """See [`VoCoLlamaModel.get_voco_mask`]."""
+        return self.model.get_voco_mask(*args, **kwargs)
 
     def compress(self, *args, **kwargs) -> VoCoCache:
         """See [`VoCoLlamaModel.compress`]."""
@@ -687,118 +703,16 @@ class VoCoLlamaForConditionalGeneration(VoCoLlamaPreTrainedModel, LlavaForCondit
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str | None, generation_config
-    ) -> dict:
-        """Compresses the images of a `generate` call once, before they are expanded to beams or cut into chunks."""
-        mode = model_kwargs.get("attention_mode") or self.config.attention_mode
-        if mode != "voco":
-            raise ValueError(
-                f'generate works in attention_mode="voco", got "{mode}"; to generate uncompressed, load these weights '
-                "into LlavaForConditionalGeneration"
-            )
-        pixel_values, voco_cache, num_voco_tokens = (
-            model_kwargs.pop(name, None) for name in ("pixel_values", "voco_cache", "num_voco_tokens")
-        )
-        embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
-        voco_mask = self.model.get_voco_mask(inputs_tensor if embeds is None else None, embeds)
-        seen = self._num_seen_tokens(inputs_tensor, model_kwargs, generation_config)
-        if pixel_values is None and voco_cache is None:
-            num_new = int(voco_mask[:, seen:].sum())
-            is_checked = model_kwargs.get("mm_encoder_outputs") is None and not generation_config.is_assistant
-            if num_new > 0 and is_checked:
-                raise ValueError(f"the input has {num_new} <voco> tokens, but no pixel_values and no voco_cache")
-            return model_kwargs
-        if pixel_values is not None and voco_cache is not None:
-            raise ValueError("pass the images either as pixel_values or as a voco_cache, not both")
-        if voco_cache is not None and voco_mask[:, -1].any():
-            raise ValueError("a prompt that uses a voco_cache must end with text, but its last token is <voco>")
 
-        given = pixel_values if voco_cache is None else voco_cache
-        if voco_cache is not None and num_voco_tokens is None:
-            num_voco_tokens = voco_cache.token_counts
-        images, counts = find_new_images(voco_mask, seen, num_voco_tokens, len(given))
-        if images:
-            new = given[images]
-            model_kwargs["mm_encoder_outputs"] = {
-                "image": self.model.get_image_features(new.to(self.device), counts)
-                if voco_cache is None
-                else self.model.get_image_features(None, counts, new)
-            }
-        return model_kwargs
-
-    @staticmethod
-    def _num_seen_tokens(inputs_tensor: torch.Tensor, model_kwargs: dict, generation_config) -> int:
-        """Leading tokens of the input that `past_key_values` holds already, as `generate` has it."""
-        past_key_values, attention_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if past_key_values is None:
-            return 0
-        # `generate` drops a mask of ones and keeps its length; an input shorter than the mask is new altogether
-        dropped_length = getattr(generation_config, "_mask_length", -1)
-        mask_length = dropped_length if attention_mask is None else attention_mask.shape[1]
-        repeats_history = inputs_tensor.ndim == 3 or mask_length == inputs_tensor.shape[1]
-        return int(past_key_values.get_seq_length()) if repeats_history else 0
-
-    def _expand_multimodal_outputs(
-        self,
-        input_ids: Any,
-        mm_encoder_output: dict,
-        expand_size: int = 1,
-        inputs_embeds: Any = None,
-    ) -> dict[str, dict]:
-        """Images are told apart by the `<voco>` tokens of each row, of which earlier turns have had theirs."""
-        images = mm_encoder_output.get("image")
-        if images is not None:
-            embeds = inputs_embeds if input_ids is None or input_ids.numel() == 0 else None
-            voco_mask = self.model.get_voco_mask(input_ids if embeds is None else None, embeds)
-            # `<voco>` tokens from each column on: those of the images at hand stand in the last columns
-            left = voco_mask.sum(0).flip(0).cumsum(0).flip(0)
-            new = left <= sum(len(image) for image in images.pooler_output)
-            input_ids = input_ids[:, new] if embeds is None else input_ids
-            inputs_embeds = None if embeds is None else embeds[:, new]
-        return super()._expand_multimodal_outputs(  # type: ignore[misc]
-            input_ids, mm_encoder_output, expand_size, inputs_embeds
-        )
-
-
-def find_new_images(
-    voco_mask: torch.Tensor, seen: int, num_voco_tokens: int | list[int] | torch.Tensor | None, num_images: int
-) -> tuple[list[int], list[int]]:
-    """
-    Which of the images given to a turn of a conversation are new, and their numbers of VoCo tokens. A turn may bring
-    its own images only, or those of all turns again.
-
-    Args:
-        voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
-            The `<voco>` tokens of the input.
-        seen (`int`):
-            Leading tokens of the input that earlier turns have left in the key-value cache.
-
-    Raises:
-        ValueError: if the images fit neither all `<voco>` tokens nor the new ones, or both.
-    """
-    num_tokens, new_mask = int(voco_mask.sum()), voco_mask[:, seen:]
-    all_starts = None
-    if num_tokens != int(new_mask.sum()):
-        try:
-            all_counts = resolve_num_voco_tokens(num_voco_tokens, num_images, num_tokens)
-            all_starts = VoCoRuns.find(voco_mask, all_counts).starts
-        except ValueError:  # not the images of all turns
-            pass
-    try:
-        counts = resolve_num_voco_tokens(num_voco_tokens, num_images, int(new_mask.sum()))
-        VoCoRuns.find(new_mask, counts)
-    except ValueError:
-        if all_starts is None:
-            raise
-        images = (all_starts >= seen).nonzero().flatten().tolist()
-        return images, [all_counts[image] for image in images]
-    if all_starts is not None:
-        raise ValueError(
-            f"{num_images} images fit the {num_tokens} <voco> tokens of all turns as well as the new ones: "
-            "pass num_voco_tokens, one number an image"
-        )
-    return list(range(num_images)), counts
+def rotate_keys(keys: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> torch.Tensor:
+    """See [`VoCoLlamaModel.rotate_keys`]; `rotary_emb` is the rotary embedding of the text model."""
+    rotation = sys.modules[type(rotary_emb).__module__].apply_rotary_pos_emb
+    by_head = keys.float().flatten(1, -2).transpose(0, 1)[None]
+    cos, sin = rotary_emb(by_head, positions[None].to(keys.device))
+    # Scaled RoPE (YaRN) scales cos and sin; the keys have that factor already
+    cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
+    rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
+    return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
 
 
 def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:
