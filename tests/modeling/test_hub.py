@@ -23,7 +23,9 @@ from transformers import (
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaModel, VoCoLlamaProcessor
 
 
-SHIPPED = {f"{name}_voco_llama.py" for name in ("attention", "cache", "configuration", "modeling", "processing")}
+SHIPPED = {
+    f"{name}_voco_llama.py" for name in ("attention", "cache", "configuration", "modeling", "processing", "video")
+}
 SCRIPT = """
 import importlib.util, json, sys
 import torch

@@ -9,6 +9,8 @@ from .compress import compress
 from .convert import convert
 from .errors import OneLineErrors
 from .evaluate import Evaluate, evaluate
+from .index import index
+from .store import store_app
 from .train import PASS_ON, train
 
 
@@ -37,4 +39,6 @@ app.command()(ask)
 app.command()(compress)
 app.command()(convert)
 app.command(cls=Evaluate)(evaluate)
+app.command()(index)
+app.add_typer(store_app, name="store")
 app.command(context_settings=PASS_ON)(train)

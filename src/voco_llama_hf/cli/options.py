@@ -33,6 +33,10 @@ NumVoCoTokensOption = Annotated[
     int | None,
     typer.Option("--num-voco-tokens", "-k", min=1, help="VoCo tokens an image. By default the model's own number."),
 ]
+NumFramesOption = Annotated[
+    int | None, typer.Option(min=1, help="Frames of a video, evenly spaced. By default the model's own number.")
+]
+FpsOption = Annotated[float | None, typer.Option(help="Frames of a video, a second, instead of --num-frames.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
@@ -53,6 +57,17 @@ def join_numbers(args: Sequence[str], options: Sequence[str]) -> list[str]:
         else:
             joined.append(arg)
     return joined
+
+
+def check_sampling_options(num_frames: int | None, fps: float | None) -> None:
+    """
+    Raises:
+        UsageProblem: if both are given, or `fps` is not above 0.
+    """
+    if num_frames is not None and fps is not None:
+        raise UsageProblem("give --num-frames or --fps, not both")
+    if fps is not None and not fps > 0:
+        raise UsageProblem(f"--fps must be above 0, got {fps}")
 
 
 def check_train_extra(command: str, modules: Sequence[str]) -> None:
@@ -80,6 +95,11 @@ def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
         raise UsageProblem(f"{path} exists: give another name, or --force to replace it")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UsageProblem(f"{path} cannot be written: permission denied")
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def human_bytes(number: float) -> str:
