@@ -118,6 +118,11 @@ def test_usage_errors(index, images, tmp_path, args, message):
     assert not (tmp_path / "s").exists()
 
 
+def test_too_many_voco_tokens(index, images, tmp_path):
+    assert "at most 576, got 999" in index(tmp_path, "--store", tmp_path / "s", "-k", 999, exit_code=1).stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_ask_errors(ask, invoke, images, store, tmp_path, other_checkpoint):
     for args, message in (
         (["--store", store, "What?"], "--store and --image go together"),

@@ -38,7 +38,7 @@ def main(checkpoint: str, folder: str, store: str, num_kills: str) -> None:
     moments, num_killed = random.Random(0), 0
     for _ in range(int(num_kills)):
         pid = in_a_process(store)
-        time.sleep(moments.uniform(0, duration))
+        time.sleep(moments.uniform(0, duration / 2))
         os.kill(pid, signal.SIGKILL)
         num_killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert os.waitpid(in_a_process(store), 0)[1] == 0

@@ -108,7 +108,7 @@ def test_killed_at_random_moments(archive, checkpoint, tmp_path):
     script = [sys.executable, HERE / "indexing_run.py", checkpoint, archive, tmp_path / "store", "8"]
     done = subprocess.run(script, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 4  # the others were done before
+    assert int(done.stdout) >= 3  # the others were done before
     with VoCoStore(tmp_path / "store") as store:
         check_every_entry(store, archive, checkpoint)
         store.compact()

@@ -301,7 +301,7 @@ def test_8_bits_are_half_a_scale_off_at_most(dtype):
     error = (dequantize(rounded, scales, torch.float32) - states.float()).abs()
     assert rounded.dtype == torch.int8 and scales.shape == (5, 2, 3)
     assert (error <= 0.5001 * scales.float()[..., None]).all()
-    assert (scales.float() <= 1.01 * states.float().abs().amax(-1) / 127 + 1e-20).all()
+    assert (scales.float() <= 1.01 * states.float().abs().amax(-1) / 127 + 2e-20).all()
 
 
 def test_8_bit_store(tmp_path):

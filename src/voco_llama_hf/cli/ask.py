@@ -175,16 +175,17 @@ def compress_now(
 ) -> Asked:
     """Images and paths of videos, whose frames are compressed as they are decoded."""
     from ..modeling import VoCoCache
+    from ..modeling.processing_voco_llama import check_num_voco_tokens
 
     if num_frames is None and fps is None:
         num_frames = processor.num_frames
+    count = num_voco_tokens or processor.num_voco_tokens
+    check_num_voco_tokens([count])
     caches, kinds, frames = [], [], []
     for picture in pictures:
         is_film = isinstance(picture, str)
         clip = read_frames(picture, num_frames, fps) if is_film else [picture]
-        cache = network.compress(
-            processor.iter_pixel_values(clip), num_voco_tokens or processor.num_voco_tokens, show_progress=is_film
-        )
+        cache = network.compress(processor.iter_pixel_values(clip), count, show_progress=is_film)
         caches.append(cache)
         kinds.append("video" if is_film else "image")
         frames += [len(cache)] if is_film else []

@@ -84,8 +84,11 @@ def index(
 
     processes = Processes()
     network, processor = load_model(name, device or own_device(processes.local_rank, processes.number), dtype)
+    from ..modeling.processing_voco_llama import check_num_voco_tokens
+
     sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps)
     count = num_voco_tokens or processor.num_voco_tokens
+    check_num_voco_tokens([count])
     indexer = Indexer(
         store, network, processor, count, sampling, eight_bit, batch_size, shard_images, num_workers, processes
     )

@@ -19,6 +19,15 @@ MAX_VOCO_TOKENS = 576
 SAMPLING = ("num_frames", "fps", "do_sample_frames")
 
 
+def check_num_voco_tokens(counts: list[int]) -> None:
+    """
+    Raises:
+        ValueError: if an image is to get more VoCo tokens than there are vision tokens to compress.
+    """
+    if any(count > MAX_VOCO_TOKENS for count in counts):
+        raise ValueError(f"num_voco_tokens must be at most {MAX_VOCO_TOKENS}, got {max(counts)}")
+
+
 class VoCoLlamaImagesKwargs(ImagesKwargs, total=False):
     """
     num_voco_tokens (`int` or `list[int]`, *optional*):
@@ -177,16 +186,18 @@ class VoCoLlamaProcessor(ProcessorMixin):
         """
         flat: list[Any] = []
         if images is not None:
-            flat += make_flat_list_of_images(self.image_processor.fetch_images(images))
+            fetched: Any = make_flat_list_of_images(self.image_processor.fetch_images(images))
+            flat = list(fetched)
         if text is None:
             return [*flat, *(frame for clip in clips for frame in clip)], None, []
         for token, number, name in ((self.image_token, len(flat), "images"), (self.video_token, len(clips), "videos")):
             found = sum(sample.count(token) for sample in text)
             if found != number:
                 raise ValueError(f"the text has {found} {token} tokens, but {number} {name} were passed")
-        text, placeholders = self.get_text_with_replacements(
+        replaced: Any = self.get_text_with_replacements(
             list(text), [self.image_token] * len(flat), [self.image_token * len(clip) for clip in clips]
         )
+        text, placeholders = replaced
         pictures, films = iter(flat), iter(clips)
         ordered: list[Any] = []
         for placeholder in (placeholder for row in placeholders for placeholder in row):
@@ -211,7 +222,10 @@ class VoCoLlamaProcessor(ProcessorMixin):
                 f"tokens do not fit a voco_cache of {len(voco_cache)} images: pass num_frames, one number a video"
             )
         images = [self.image_token] * num_images
-        return self.get_text_with_replacements(list(text), images, [self.image_token * number for number in frames])
+        replaced: Any = self.get_text_with_replacements(
+            list(text), images, [self.image_token * number for number in frames]
+        )
+        return replaced
 
     def _merge_offsets(self, placeholders: list[dict], replaced: list[dict]) -> list[dict]:
         """What became of each placeholder, from what became of the `<image>` tokens that it was expanded to."""
@@ -259,15 +273,15 @@ class VoCoLlamaProcessor(ProcessorMixin):
             raise ValueError(
                 f"the text has {num_images} {self.image_token} tokens, but the voco_cache has {len(voco_cache)} images"
             )
-        text, offsets = self.get_text_with_replacements(text or [], [self.voco_token * count for count in counts])
+        replaced: Any = self.get_text_with_replacements(text or [], [self.voco_token * count for count in counts])
+        text, offsets = replaced
         return text, counts, offsets
 
     def _process_images(self, images, num_voco_tokens=None, **kwargs):
         flat_images: Any = make_flat_list_of_images(images)
         num_images = len(flat_images)
         counts = per_image_counts(self.num_voco_tokens if num_voco_tokens is None else num_voco_tokens, num_images)
-        if any(count > MAX_VOCO_TOKENS for count in counts):
-            raise ValueError(f"num_voco_tokens must be at most {MAX_VOCO_TOKENS}, got {max(counts)}")
+        check_num_voco_tokens(counts)
         processed = self.image_processor(images, **kwargs)
         processed["num_voco_tokens"] = counts
         return processed, [self.voco_token * count for count in counts]

@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from transformers.utils import is_av_available
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, is_valid_video_frame, load_video
 
 
-def sample_frames(metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None) -> Sequence[int]:
+def sample_frames(metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None) -> Any:
     """
     Which frames of a video to look at: `num_frames` of them evenly, or `fps` a second, never more than there are. All
     of them if neither is given.
@@ -154,7 +154,8 @@ def _decode(path: str, num_frames: int | None, fps: float | None) -> list:
     return list(frames)
 
 
-def _load(path: str, sample_indices_fn: Callable) -> tuple[Any, VideoMetadata]:
+def _load(path: Any, sample_indices_fn: Callable) -> Any:
+    """Frames and metadata."""
     try:
         return load_video(path, backend="pyav", sample_indices_fn=sample_indices_fn)
     except IndexError:

@@ -127,10 +127,11 @@ class Indexer:
 
     def select(self, files: Sequence[str]) -> list[str]:
         """This process's share of the files that are new or have changed."""
-        todo, known = [], set()
+        todo: list[str] = []
+        known: set[tuple[str, str]] = set()
         if self.store is not None:
             todo = [path for path in files if not self._is_known(path)]
-            known = {(e.content_hash, e.sampling) for e in self.store if e.num_voco_tokens == self.num_voco_tokens}
+            known = self.store.addresses(self.num_voco_tokens)
         todo, self._known = self.processes.broadcast((todo, known))
         return todo[self.processes.rank :: self.processes.number]
 

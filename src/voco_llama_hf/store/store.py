@@ -237,6 +237,11 @@ class VoCoStore:
             return False
         return self.contains(row[2], num_voco_tokens, sampling)
 
+    def addresses(self, num_voco_tokens: int) -> set[tuple[str, str]]:
+        """Content hash and sampling of all that is stored at one k."""
+        select = "SELECT content_hash, sampling FROM entries WHERE num_voco_tokens = ?"
+        return set(self._db.execute(select, (num_voco_tokens,)))
+
     @property
     def nbytes(self) -> int:
         """Bytes that the shards take on the disk."""
@@ -263,13 +268,14 @@ class VoCoStore:
         for cache in caches:
             check_fingerprint(cache.fingerprint, self.fingerprint, f"the store {self.path}")
         with self._write():
-            new = {}
+            new: dict[tuple, tuple[Content, VoCoCache]] = {}
             for content, cache in zip(contents, caches, strict=True):
                 key = content.content_hash, single_k(cache), content.sampling
                 if not self._rows(*key):
                     new.setdefault(key, (content, cache))
             if new:
-                path, records = write_shard(self.shards, *zip(*new.values()), self.eight_bit)
+                fresh = list(zip(*new.values()))
+                path, records = write_shard(self.shards, fresh[0], fresh[1], self.eight_bit)
                 self._insert_shard(path.name, records)
             self.record(contents)
         return len(new)
@@ -436,7 +442,7 @@ class VoCoStore:
     def _rows(
         self, content_hash: str, num_voco_tokens: int | None = None, sampling: str | None = None
     ) -> list[sqlite3.Row]:
-        where, values = "content_hash = ?", [content_hash]
+        where, values = "content_hash = ?", [content_hash]  # type: tuple[str, list[Any]]
         for name, value in (("num_voco_tokens", num_voco_tokens), ("sampling", sampling)):
             if value is not None:
                 where, values = f"{where} AND {name} = ?", [*values, value]
@@ -445,7 +451,8 @@ class VoCoStore:
     def _select(self, where: str, values: Sequence = ()) -> list[sqlite3.Row]:
         cursor = self._db.cursor()
         cursor.row_factory = sqlite3.Row
-        joined = "SELECT entries.*, shards.name FROM entries JOIN shards ON shards.id = entries.shard"
+        sources = "SELECT json_group_array(source) FROM sources WHERE sources.content_hash = entries.content_hash"
+        joined = f"SELECT entries.*, shards.name, ({sources}) AS sources FROM entries JOIN shards ON shards.id = shard"
         return cursor.execute(f"{joined} WHERE {where} ORDER BY shard, first_token", values).fetchall()
 
     def _entries(self, content_hash: str | None = None) -> list[Entry]:
@@ -453,9 +460,6 @@ class VoCoStore:
         return [self._entry(row) for row in rows]
 
     def _entry(self, row: sqlite3.Row) -> Entry:
-        found = self._db.execute(
-            "SELECT source FROM sources WHERE content_hash = ? ORDER BY source", (row["content_hash"],)
-        )
         return Entry(
             row["content_hash"],
             row["num_voco_tokens"],
@@ -464,7 +468,7 @@ class VoCoStore:
             row["size"],
             json.loads(row["metadata"]),
             row["added"],
-            tuple(source for (source,) in found),
+            tuple(sorted(json.loads(row["sources"]))),
         )
 
     def _read(self, row: sqlite3.Row) -> VoCoCache:
