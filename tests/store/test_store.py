@@ -109,7 +109,9 @@ def test_find(filled):
     (by_path,), (by_name,), (by_hash,) = map(filled.find, ("/photos/3.png", "3.png", content(3).content_hash))
     assert by_path == by_name == by_hash
     assert [entry.sources for entry in filled.find("2.png")] == [("/old/2.png", "/photos/2.png")]
-    assert filled.find(".png") == filled.find("%.png") == filled.find("missing") == []
+    filled.record_failures({"/photos/broken.png": "is damaged"})
+    for name in (".png", "%.png", "missing", "broken.png", "/photos/broken.png"):
+        assert filled.find(name) == []
     assert len(filled.find("0" * 8)) == 7
 
 

@@ -47,12 +47,12 @@ class Indexed:
     error: str | None = None
 
 
-def find_files(folder: str | os.PathLike) -> list[str]:
+def find_files(folder: str | os.PathLike[str]) -> list[str]:
     """Images and videos in a folder and the folders in it, by their suffix, in order."""
     from PIL import Image
 
     suffixes = Image.registered_extensions().keys() - {".pdf"}
-    files = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    files = (Path(root, name) for root, _, names in os.walk(os.fspath(folder)) for name in names)
     return sorted(str(path.absolute()) for path in files if path.suffix.lower() in suffixes or is_video(path))
 
 
@@ -130,18 +130,18 @@ class Indexer:
         todo: list[str] = []
         known: set[tuple[str, str]] = set()
         if self.store is not None:
-            todo = [path for path in files if not self._is_known(path)]
+            todo = [path for path in files if not self._is_known(self.store, path)]
             known = self.store.addresses(self.num_voco_tokens)
         todo, self._known = self.processes.broadcast((todo, known))
         return todo[self.processes.rank :: self.processes.number]
 
-    def _is_known(self, path: str) -> bool:
+    def _is_known(self, store: VoCoStore, path: str) -> bool:
         try:
             stat = os.stat(path)
         except OSError:
             return False  # reading it will say why
         sampling = str(self.sampling) if is_video(path) else ""
-        return self.store.is_known(path, self.num_voco_tokens, sampling, stat.st_size, stat.st_mtime_ns)
+        return store.is_known(path, self.num_voco_tokens, sampling, stat.st_size, stat.st_mtime_ns)
 
     def run(self, files: Sequence[str]) -> Iterator[Indexed]:
         """Compresses what [`Indexer.select`] returned; yields what became of each file as it is done."""

@@ -21,6 +21,7 @@ from .shards import Record, Shard, save_shard, single_k, write_shard
 INDEX, SHARDS = "index.sqlite", "shards"
 VERSION = "1"
 COMPACT_TOKENS = 4_096  # VoCo tokens that a shard of compact has at least
+HASH_DIGITS = 8  # of a hash that make a name
 PART_SECONDS = 3_600  # without a change, after which nobody is writing a shard any more
 
 SCHEMA = """
@@ -167,7 +168,7 @@ class VoCoStore:
         return self._db.execute("SELECT count(*) FROM entries").fetchone()[0]
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries())
+        return map(self._entry, self._select("1"))
 
     def __contains__(self, content_hash: str) -> bool:
         return self.contains(content_hash)
@@ -214,15 +215,14 @@ class VoCoStore:
         Args:
             name (`str`): As in `"/photos/cat.png"`, `"cat.png"` or `"3f9a2c41"`.
         """
-        suffix = name.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-        exact = "SELECT content_hash FROM sources WHERE source IN (?, ?)"
-        ending = "SELECT content_hash FROM sources WHERE source LIKE ? ESCAPE '\\'"
+        known = "SELECT content_hash FROM sources WHERE error IS NULL"
+        exact, ending = f"{known} AND source IN (?, ?)", f"{known} AND substr(source, -length(?1)) = ?1"
+        starting = "SELECT DISTINCT content_hash FROM entries WHERE substr(content_hash, 1, length(?1)) = ?1"
         hashes = self._db.execute(exact, (name, os.path.abspath(name))).fetchall()
-        hashes = hashes or self._db.execute(ending, (f"%{os.sep}{suffix}",)).fetchall()
-        if not hashes and len(name) >= 8:
-            starting = "SELECT DISTINCT content_hash FROM entries WHERE content_hash LIKE ? ESCAPE '\\'"
-            hashes = self._db.execute(starting, (f"{suffix}%",)).fetchall()
-        return [entry for (content_hash,) in dict.fromkeys(hashes) for entry in self._entries(content_hash)]
+        hashes = hashes or self._db.execute(ending, (os.sep + name,)).fetchall()
+        if not hashes and len(name) >= HASH_DIGITS:
+            hashes = self._db.execute(starting, (name,)).fetchall()
+        return [self._entry(row) for (content_hash,) in dict.fromkeys(hashes) for row in self._rows(content_hash)]
 
     def failures(self) -> dict[str, str]:
         """Sources that could not be read, with the reason."""
@@ -454,10 +454,6 @@ class VoCoStore:
         sources = "SELECT json_group_array(source) FROM sources WHERE sources.content_hash = entries.content_hash"
         joined = f"SELECT entries.*, shards.name, ({sources}) AS sources FROM entries JOIN shards ON shards.id = shard"
         return cursor.execute(f"{joined} WHERE {where} ORDER BY shard, first_token", values).fetchall()
-
-    def _entries(self, content_hash: str | None = None) -> list[Entry]:
-        rows = self._select("1") if content_hash is None else self._rows(content_hash)
-        return [self._entry(row) for row in rows]
 
     def _entry(self, row: sqlite3.Row) -> Entry:
         return Entry(
