@@ -137,13 +137,8 @@ def test_weights_load_into_llava_unchanged(folder):
 def test_loads_and_answers_without_the_package(folder, image, fresh_python, tmp_path):
     film = write_video(tmp_path / "film.mp4", make_frames(6))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    run = subprocess.run(
-        [fresh_python, "-c", SCRIPT, folder, image, film],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
+    command = [fresh_python, "-c", SCRIPT, folder, image, film]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     answers = json.loads(run.stdout.splitlines()[-1])
     assert answers["classes"] == [
