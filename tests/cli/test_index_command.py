@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +122,14 @@ def test_usage_errors(index, images, tmp_path, args, message):
 def test_too_many_voco_tokens(index, images, tmp_path):
     assert "at most 576, got 999" in index(tmp_path, "--store", tmp_path / "s", "-k", 999, exit_code=1).stderr
     assert not (tmp_path / "s").exists()
+
+
+def test_without_the_video_extra(index, ask, images, film, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    for result in (index(tmp_path, "--store", tmp_path / "s", exit_code=2), ask(film, "What?", exit_code=2)):
+        assert "pip install 'voco-llama-hf[video]'" in result.stderr
+    assert not (tmp_path / "s").exists()
+    ask(images[0], "What?")
 
 
 def test_ask_errors(ask, invoke, images, store, tmp_path, other_checkpoint):

@@ -21,6 +21,7 @@ from .options import (
     NumFramesOption,
     NumVoCoTokensOption,
     check_sampling_options,
+    check_video_extra,
     human_bytes,
 )
 
@@ -70,6 +71,7 @@ def ask(
     """
     check_inputs(images, question, cache, store, names or [])
     check_sampling_options(num_frames, fps)
+    check_video_extra(images)
     from .loading import count_vision_tokens, find_model, load_model
 
     name = find_model(model)

@@ -17,6 +17,7 @@ from .options import (
     NumFramesOption,
     NumVoCoTokensOption,
     check_sampling_options,
+    check_video_extra,
     human_bytes,
     plural,
 )
@@ -82,6 +83,8 @@ def index(
     from ..store.indexing import Indexer, Sampling, find_files
     from ..store.processes import Processes
 
+    files = find_files(folder)
+    check_video_extra(files)
     processes = Processes()
     network, processor = load_model(name, device or own_device(processes.local_rank, processes.number), dtype)
     from ..modeling.processing_voco_llama import check_num_voco_tokens
@@ -92,7 +95,6 @@ def index(
     indexer = Indexer(
         store, network, processor, count, sampling, eight_bit, batch_size, shard_images, num_workers, processes
     )
-    files = find_files(folder)
     todo = indexer.select(files)
     vision_tokens = count_vision_tokens(network.config)
     failures = show(indexer.run(todo), indexer, len(todo), vision_tokens)

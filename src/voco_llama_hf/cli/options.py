@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..videos import is_video
 from .errors import UsageProblem
 
 
@@ -77,6 +78,15 @@ def check_train_extra(command: str, modules: Sequence[str]) -> None:
     """
     if any(find_spec(module) is None for module in modules):
         raise UsageProblem(f"{command} needs the extra train: pip install 'voco-llama-hf[train]'")
+
+
+def check_video_extra(paths: Iterable[str]) -> None:
+    """
+    Raises:
+        UsageProblem: if there is a video among the `paths`, and no decoder installed.
+    """
+    if any(map(is_video, paths)) and find_spec("av") is None:
+        raise UsageProblem("videos need the extra video: pip install 'voco-llama-hf[video]'")
 
 
 def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
