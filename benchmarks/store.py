@@ -34,6 +34,7 @@ from transformers import DynamicCache
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.store import VoCoStore, hash_file
 from voco_llama_hf.store.indexing import Indexer, Sampling, find_files
+from voco_llama_hf.store.shards import dequantize, quantize
 from voco_llama_hf.training.scenes import make_scene
 
 
@@ -144,15 +145,11 @@ def answering(model: Any, processor: Any, folder: Path, question: str, rounds: i
 
 def eight_bits(model: Any, processor: Any, num_scenes: int) -> dict[str, float]:
     """Answers about scenes from caches as computed and in 8 bits: how many are right, how many change."""
-    from voco_llama_hf.store.shards import dequantize, quantize
-    from voco_llama_hf.training.scenes import QUESTIONS, SceneObject
-
     number = right = right_8bit = changed = 0
     for index in track(range(num_scenes), description="Asking"):
-        scene = make_scene("test", index)
-        objects = [SceneObject(**row) for row in scene["objects"]]
-        pairs = [family(objects)[0] for family in QUESTIONS.values() if family(objects)]
-        pixels = processor.image_processor(Image.fromarray(scene["image"]), return_tensors="pt")["pixel_values"]
+        scene: dict[str, Any] = make_scene("test", index)
+        pairs = list(zip(scene["questions"], scene["answers"]))
+        pixels = processor.image_processor(scene["image"], return_tensors="pt")["pixel_values"]
         cache = model.compress(pixels.to(model.dtype), K)
         rounded = type(cache)(
             *(dequantize(*quantize(states), states.dtype) for states in (cache.keys, cache.values)),
@@ -174,6 +171,11 @@ def eight_bits(model: Any, processor: Any, num_scenes: int) -> dict[str, float]:
     return {"questions": number, "right": right, "right_8bit": right_8bit, "changed": changed}
 
 
+def render_scene(index: int) -> Image.Image:
+    scene: dict[str, Any] = make_scene("test", index)
+    return scene["image"]
+
+
 def main(
     model: str = EMBEDDED_CHECKPOINT,
     images: Annotated[int, typer.Option(help="Images to index.")] = 128,
@@ -189,7 +191,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for i in range(images):
-            Image.fromarray(make_scene("test", i)["image"]).save(folder / f"{i}.png")
+            render_scene(i).save(folder / f"{i}.png")
         rates = indexing(network, processor, folder, rounds)
         times = answering(network, processor, folder, "What colour is the circle?", 3 * rounds)
     answers = eight_bits(network, processor, scenes)
