@@ -12,7 +12,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +22,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
@@ -96,14 +96,13 @@ def measure(path: Path, num_voco_tokens: int, batch_size: int, text_layers: int)
 
     model.compress(batches(read_frames(path, num_frames=batch_size)), num_voco_tokens, batch_size, show_progress=False)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of the resident set
-    held, start = resident("VmRSS"), time.perf_counter()
+    held = resident("VmRSS")
     cache = model.compress(batches(read_frames(path)), num_voco_tokens, batch_size, show_progress=False)
     return {
         "frames": len(cache),
         "peak_bytes": resident("VmHWM") - held,
         "cache_bytes": cache.nbytes,
         "pixel_bytes": len(cache) * 3 * IMAGE_SIZE**2 * 4,
-        "seconds": time.perf_counter() - start,
     }
 
 
@@ -120,19 +119,28 @@ def main(
     if measure_file is not None:
         print(json.dumps(measure(measure_file, num_voco_tokens, batch_size, text_layers)))
         return
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("Compressing"):
+    options = {"num_voco_tokens": num_voco_tokens, "batch_size": batch_size, "text_layers": text_layers}
+    flags = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        calls = []
         for number in map(int, frames.split(",")):
             path = Path(folder) / f"{number}.mp4"
             write_video(path, number)
-            call = [sys.executable, __file__, "--measure-file", path, "--num-voco-tokens", num_voco_tokens]
-            call += ["--batch-size", batch_size, "--text-layers", text_layers]
-            done = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-    table = Table(
-        title=f"Compressing a video of {IMAGE_SIZE} px, {batch_size} frames at a time, k = {num_voco_tokens}"
-    )
-    for heading in ("frames", "peak MB", "of it VoCo tokens MB", "all pixels MB", "peak / first", "frames/s"):
+            command = [sys.executable, __file__, "--measure-file", str(path), *flags]
+            calls.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        for call in track(calls, description="Compressing"):
+            printed, _ = call.communicate()
+            rows.append(json.loads(printed.splitlines()[-1]))
+            if output is not None:
+                write(output, options, rows)
+    report(rows, options)
+
+
+def report(rows: list[dict[str, float]], options: dict[str, int]) -> None:
+    """Prints peaks, and how they compare with that of the shortest video."""
+    table = Table(title=f"A video of {IMAGE_SIZE} px, {options['batch_size']} frames at a time")
+    for heading in ("frames", "peak MB", "of it VoCo tokens MB", "all pixels MB", "peak / first"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -141,21 +149,20 @@ def main(
             f"{row['cache_bytes'] / 1e6:.1f}",
             f"{row['pixel_bytes'] / 1e6:.0f}",
             f"{row['peak_bytes'] / rows[0]['peak_bytes']:.2f}",
-            f"{row['frames'] / row['seconds']:.1f}",
         )
     Console(width=120).print(table)
-    if output is not None:
-        record = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": f"{platform.machine()}, CPU",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "av": av.__version__},
-            "num_voco_tokens": num_voco_tokens,
-            "batch_size": batch_size,
-            "text_layers": text_layers,
-            "rows": rows,
-        }
-        output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write(output: Path, options: dict[str, int], rows: list[dict[str, float]]) -> None:
+    record = {
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": f"{platform.machine()}, CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "av": av.__version__},
+        **options,
+        "rows": rows,
+    }
+    output.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ def test_info(invoke, images, store):
     assert re.search(r"^[0-9a-f]{12} k=2 num_frames=4 .*film\.mp4$", result.stdout, re.MULTILINE)
 
 
+def test_help_lists_the_commands(invoke):
+    for command in ("info", "verify", "remove", "compact"):
+        assert f" {command} " in invoke("store").stdout
+
+
 def test_remove(invoke, ask, images, store):
     result = invoke("store", "remove", store, images[0].name, "film.mp4")
     assert "2 entries removed, " in result.stdout

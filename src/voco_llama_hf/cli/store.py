@@ -12,8 +12,16 @@ from .errors import UsageProblem
 from .options import human_bytes, plural
 
 
-store_app = typer.Typer(help="Look into a store of compressed images, check it, remove from it.", no_args_is_help=True)
+store_app = typer.Typer(
+    help="Look into a store of compressed images, check it, remove from it.", invoke_without_command=True
+)
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+
+
+@store_app.callback()
+def main(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @store_app.command()
