@@ -123,7 +123,7 @@ class Indexer:
         self._failures: dict[str, str] = {}
         # The index has one writer, which takes in the shards of all others
         self.store = VoCoStore(self.path, self.model.fingerprint(), self.eight_bit) if self.processes.is_main else None
-        self._eight_bit: bool = self.processes.broadcast(self.store and self.store.eight_bit)
+        self._eight_bit: bool = self.processes.broadcast(None if self.store is None else self.store.eight_bit)
 
     def select(self, files: Sequence[str]) -> list[str]:
         """This process's share of the files that are new or have changed."""
