@@ -35,6 +35,7 @@ from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration
 from voco_llama_hf.store import VoCoStore, hash_file
 from voco_llama_hf.store.indexing import Indexer, Sampling, find_files
 from voco_llama_hf.store.shards import dequantize, quantize
+from voco_llama_hf.training.evaluation import as_llava
 from voco_llama_hf.training.scenes import make_scene
 
 
@@ -116,7 +117,11 @@ def answering(model: Any, processor: Any, folder: Path, question: str, rounds: i
     full = {f"keys{i}": layer.keys.cpu() for i, layer in enumerate(past.layers)}
     full |= {f"values{i}": layer.values.cpu() for i, layer in enumerate(past.layers)}
     save_file(full, place / "full.safetensors")
-    tail = processor.tokenizer(text.split("<image>")[1], add_special_tokens=False, return_tensors="pt").input_ids
+    llava = as_llava(model)
+    seen = [
+        *model.config.vision_prefix_token_ids,
+        *[model.config.image_token_id] * (embeds.shape[1] - prefix.shape[1]),
+    ]
 
     def from_store() -> None:
         with VoCoStore(place / "store") as store:
@@ -132,9 +137,10 @@ def answering(model: Any, processor: Any, folder: Path, question: str, rounds: i
         loaded, cache = load_file(place / "full.safetensors", device=str(model.device)), DynamicCache()
         for i in range(len(past.layers)):
             cache.update(loaded[f"keys{i}"], loaded[f"values{i}"], i)
-        positions = torch.arange(tail.shape[1], device=model.device)[None] + embeds.shape[1]
-        inputs_embeds = model.get_input_embeddings()(tail.to(model.device))
-        model.model.language_model(inputs_embeds=inputs_embeds, position_ids=positions, past_key_values=cache)
+        tail = processor.tokenizer(text.split("<image>")[1], add_special_tokens=False).input_ids
+        ids = torch.tensor([[*seen, *tail]], device=model.device)
+        mask = torch.ones_like(ids)
+        llava.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=1, do_sample=False)
 
     variants = {"pixels": from_pixels, "full cache from disk": from_full_cache, "store": from_store}
     medians = alternate(variants, rounds)
