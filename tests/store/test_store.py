@@ -79,6 +79,13 @@ def test_an_entry_answers_as_the_image_does(tmp_path):
     assert torch.equal(model.generate(**inputs, voco_cache=stored, max_new_tokens=5), expected)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="permissions of Windows are others")
+def test_others_can_read_what_they_could_read_of_any_file(filled, tmp_path):
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in filled.shards.iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_content_is_stored_once_at_every_k(store):
     assert store.add([content(1), content(1)], [cache(1), cache(7)]) == 1
     assert store.add([content(1)], [cache(8)]) == 0

@@ -208,9 +208,7 @@ class VoCoCache:
         os.close(handle)
         try:
             save_file(tensors, aside, metadata=metadata)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(aside, 0o666 & ~umask)
+            apply_umask(aside)
             os.replace(aside, path)
         except BaseException:
             os.unlink(aside)
@@ -261,6 +259,13 @@ def check_fingerprint(
     if names:
         differences = ", ".join(f"{name} is {made_by.get(name)}, not {expected.get(name)}" for name in names)
         raise ValueError(f"{what} was made by another model than {owner}: {differences}")
+
+
+def apply_umask(path: str | os.PathLike) -> None:
+    """Gives a file that was written for its owner alone the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def digest(*tensors: torch.Tensor) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..modeling.cache_voco_llama import VoCoCache, check_fingerprint, digest
+from ..modeling.cache_voco_llama import VoCoCache, apply_umask, check_fingerprint, digest
 from .content import Content
 
 
@@ -126,6 +126,7 @@ def save_shard(
     aside = path.with_suffix(".part")
     try:
         save_file(tensors, aside, metadata=metadata)
+        apply_umask(aside)
         _to_disk(aside)
         os.replace(aside, path)
     finally:
