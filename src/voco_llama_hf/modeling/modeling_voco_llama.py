@@ -278,13 +278,17 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     ) -> VoCoCache:
         if num_voco_tokens is not None and not isinstance(num_voco_tokens, int):
             raise ValueError("num_voco_tokens must be one number for all images of an iterable")
-        caches = [
-            self.compress(batch, num_voco_tokens, batch_size, show_progress=False)
-            for batch in logging.tqdm(batches, desc="Compressing batches", disable=not show_progress)
-        ]
-        if not caches:
+        stream: VoCoCache | None = None
+        for batch in logging.tqdm(batches, desc="Compressing batches", disable=not show_progress):
+            compressed = self.compress(batch, num_voco_tokens, batch_size, show_progress=False)
+            # In one growing buffer: many small tensors, kept between large ones, would fragment the memory
+            if stream is None:
+                stream = compressed
+            else:
+                stream.append(compressed)
+        if stream is None:
             raise ValueError("compress needs at least one image")
-        return VoCoCache.cat(caches)
+        return VoCoCache.cat([stream])
 
     def _split_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of compressed images as `(tokens, 2, layers, heads, head_dim)` and, where known, last hidden states."""
