@@ -153,7 +153,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}{% endgeneration %}"
     "{% elif message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<' + part['type'] + '>' }}{% endfor %}"
     "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from modeling.helpers import random_inputs, random_pixels, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -216,3 +218,63 @@ def test_shapes_that_do_not_fit_are_refused():
         VoCoCache.cat([])
     with pytest.raises(StrictDataclassClassValidationError, match="at least 1"):
         tiny_config(num_voco_tokens=0)
+
+
+def entries_equal(first: VoCoCache, second: VoCoCache) -> bool:
+    return (
+        first.token_counts == second.token_counts
+        and torch.equal(first.keys, second.keys)
+        and torch.equal(first.values, second.values)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4), st.one_of(st.none(), st.integers(1, 6))), max_size=12))
+def test_append_is_cat_and_a_window_forgets_the_oldest(steps):
+    """Frames of any k, any number at a time; views taken before stay as they were."""
+    images = VoCoCache(torch.randn(15, 2, 2, 4), torch.randn(15, 2, 2, 4), [1, 2, 3, 4, 5], {"weights": "a"})
+    stream = expected = images[:2]
+    views = []
+    stream = VoCoCache(stream.keys, stream.values, stream.token_counts, stream.fingerprint)
+    for start, number, window in steps:
+        new = images[start : start + number]
+        stream.append(new, window=window)
+        expected = VoCoCache.cat([expected, new])
+        expected = expected if window is None else expected[-window:]
+        assert entries_equal(stream, expected)
+        views.append((stream[:], expected))
+    assert all(entries_equal(view, before) for view, before in views)
+    assert images.token_counts == [1, 2, 3, 4, 5]
+
+
+def test_append_copies_what_is_held_ever_more_rarely():
+    frame = VoCoCache(torch.randn(2, 1, 1, 4), torch.randn(2, 1, 1, 4), [2], {})
+    stream, windowed = frame[:], frame[:]
+    places, windowed_places = set(), set()
+    for _ in range(500):
+        stream.append(frame)
+        windowed.append(frame, window=100)
+        places.add(stream.keys.untyped_storage().data_ptr())
+        windowed_places.add(len(windowed.keys.untyped_storage()))
+    assert len(stream) == 501 and len(places) <= 10
+    assert len(windowed) == 100 and max(windowed_places) <= 4 * windowed.keys.nbytes
+
+
+def test_a_stream_answers_at_any_time():
+    """Reference: the frames it holds at that time, as pixels."""
+    pixels = random_pixels(MODEL, 6)
+    stream = MODEL.compress(pixels[:1], 2)
+    for i in range(1, 6):
+        stream.append(MODEL.compress(pixels[i : i + 1], 2), window=3)
+        inputs = random_inputs(MODEL, [["text:2", *["image:2"] * len(stream), "text:3"]])
+        held = pixels[max(0, i - 2) : i + 1]
+        expected = MODEL.generate(**{**inputs, "pixel_values": held}, max_new_tokens=4)
+        inputs.pop("pixel_values")
+        assert torch.equal(MODEL.generate(**inputs, voco_cache=stream, max_new_tokens=4), expected)
+
+
+def test_append_refuses_what_does_not_fit(cache):
+    with pytest.raises(ValueError, match="made by another model"):
+        cache[:].append(VoCoCache(cache.keys, cache.values, cache.token_counts, {"weights": "other"}))
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        cache[:].append(cache, window=0)

@@ -19,11 +19,13 @@ from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
 )
+from video_files import make_frames, write_video
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaModel, VoCoLlamaProcessor
+from voco_llama_hf.videos import read_frames
 
 
-PARTS = ("attention", "cache", "configuration", "generation", "modeling", "processing")
+PARTS = ("attention", "cache", "configuration", "generation", "modeling", "processing", "video")
 SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """
 import importlib.util, json, sys
@@ -33,7 +35,7 @@ from transformers.utils import logging
 
 assert importlib.util.find_spec("voco_llama_hf") is None
 logging.set_verbosity_error()
-folder, image = sys.argv[1], sys.argv[2]
+folder, image, film = sys.argv[1:]
 trust = {"trust_remote_code": True}
 config = AutoConfig.from_pretrained(folder, **trust)
 processor = AutoProcessor.from_pretrained(folder, **trust)
@@ -47,6 +49,8 @@ chat = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": 
 answers["image"] = pipe(images=image, text=text, **options)[0]["generated_text"]
 answers["chat"] = pipe(text=chat, **options)[0]["generated_text"][-1]["content"]
 answers["k"] = pipe(text=chat, processor_kwargs={"num_voco_tokens": 3}, **options)[0]["generated_text"][-1]["content"]
+chat = [{"role": "user", "content": [{"type": "video", "path": film}, {"type": "text", "text": "what?"}]}]
+answers["video"] = pipe(text=chat, processor_kwargs={"num_frames": 3}, **options)[0]["generated_text"][-1]["content"]
 batch = pipe(images=[image, image], text=[text, text + " and why?"], batch_size=2, **options)
 answers["batch"] = [output["generated_text"] for output in batch]
 
@@ -130,10 +134,10 @@ def test_weights_load_into_llava_unchanged(folder):
 
 
 def test_loads_and_answers_without_the_package(folder, image, fresh_python, tmp_path):
+    film = write_video(tmp_path / "film.mp4", make_frames(6))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    run = subprocess.run(
-        [fresh_python, "-c", SCRIPT, folder, image], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    command = [fresh_python, "-c", SCRIPT, folder, image, film]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     answers = json.loads(run.stdout.splitlines()[-1])
     assert answers["classes"] == [
@@ -160,5 +164,8 @@ def test_loads_and_answers_without_the_package(folder, image, fresh_python, tmp_
     chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     assert answers["chat"] == answer(processor.apply_chat_template(chat, **options))
+    chat[0]["content"][0] = {"type": "video", "video": list(read_frames(film, num_frames=3))}
+    assert answers["video"] == answer(processor.apply_chat_template(chat, **options))
+    chat[0]["content"][0] = {"type": "image", "image": picture}
     with_three = processor.apply_chat_template(chat, **options, processor_kwargs={"num_voco_tokens": 3})
     assert answers["k"] == answer(with_three)

@@ -10,6 +10,8 @@ from .convert import convert
 from .errors import OneLineErrors
 from .evaluate import Evaluate, evaluate
 from .export import app as export_app
+from .index import index
+from .store import store_app
 from .train import PASS_ON, train
 
 
@@ -39,4 +41,6 @@ app.command()(compress)
 app.command()(convert)
 app.command(cls=Evaluate)(evaluate)
 app.add_typer(export_app, name="export")
+app.command()(index)
+app.add_typer(store_app, name="store")
 app.command(context_settings=PASS_ON)(train)

@@ -1,17 +1,29 @@
-"""`voco-llama ask`: a question about images, or about images that were compressed before."""
+"""`voco-llama ask`: a question about images and videos, or about some that were compressed before."""
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..images import open_image
+from ..videos import is_video, read_frames
 from .errors import UsageProblem
-from .options import DeviceOption, DtypeOption, ModelOption, NumVoCoTokensOption, human_bytes
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    FpsOption,
+    ModelOption,
+    NumFramesOption,
+    NumVoCoTokensOption,
+    check_sampling_options,
+    check_video_extra,
+    human_bytes,
+)
 
 
 if TYPE_CHECKING:
@@ -22,7 +34,10 @@ def ask(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE", help="Images, which stand before the question.", default_factory=list, show_default=False
+            metavar="IMAGE",
+            help="Images and videos, which stand before the question.",
+            default_factory=list,
+            show_default=False,
         ),
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, last and in quotes.")],
@@ -31,39 +46,55 @@ def ask(
     cache: Annotated[
         Path | None, typer.Option(help="Ask about the images in this file of `voco-llama compress` instead.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", "-s", help="Ask about what is in this store of `voco-llama index`."),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--image", "-i", metavar="NAME", help="Image or video in the store; can be given several times."),
+    ] = None,
+    num_frames: NumFramesOption = None,
+    fps: FpsOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     stats: Annotated[bool, typer.Option("--stats", help="Also print sizes and times, on stderr.")] = False,
 ) -> None:
-    """Ask a question about one or more images.
+    """Ask a question about one or more images or videos.
 
     voco-llama ask cat.png "What is on the chair?"
 
     voco-llama ask --cache cat.safetensors "What is on the chair?"
+
+    voco-llama ask --store photos.voco --image cat.png "What is on the chair?"
     """
-    check_inputs(images, question, cache)
+    check_inputs(images, question, cache, store, names or [])
+    check_sampling_options(num_frames, fps)
+    check_video_extra(images)
     from .loading import count_vision_tokens, find_model, load_model
 
     name = find_model(model)
-    pictures = [open_image(image) for image in images]
-    from ..modeling import VoCoCache
-
-    stored = None if cache is None else VoCoCache.load(cache)
+    pictures = [path if is_video(path) else open_image(path) for path in images]
+    stored = None
+    if cache is not None:
+        stored = from_file(cache)
+    if store is not None:
+        stored = from_store(store, names or [], num_voco_tokens)
     network, processor = load_model(name, device, dtype)
 
     start = clock()
-    if stored is None:
-        count = num_voco_tokens or processor.num_voco_tokens
-        voco_cache = network.compress(**processor(images=pictures, num_voco_tokens=count, return_tensors="pt"))
-    else:
-        voco_cache = stored.to(network.device)
+    asked = stored
+    if asked is None:
+        asked = compress_now(network, processor, pictures, num_voco_tokens, num_frames, fps)
+    voco_cache = asked.cache.to(network.device)
     compressed = clock()
-    prompt = build_prompt(processor, len(voco_cache), question)
+    prompt = build_prompt(processor, asked.kinds, question)
     inputs = processor(
         text=prompt,
         voco_cache=voco_cache,
         num_voco_tokens=num_voco_tokens,
+        num_frames=asked.frames,
         # A template may write the BOS token itself
         add_special_tokens=not prompt.startswith(processor.tokenizer.bos_token or "\0"),
         return_tensors="pt",
@@ -74,7 +105,7 @@ def ask(
 
     typer.echo(processor.decode(answer, skip_special_tokens=True).strip())
     if stats:
-        compress_time = f"{compressed - start:.0f} ms" if stored is None else f"done before, in {cache}"
+        compress_time = f"{compressed - start:.0f} ms" if stored is None else f"done before, in {cache or store}"
         print_stats(
             voco_cache,
             count_vision_tokens(network.config),
@@ -82,10 +113,10 @@ def ask(
         )
 
 
-def check_inputs(images: list[str], question: str, cache: Path | None) -> None:
+def check_inputs(images: list[str], question: str, cache: Path | None, store: Path | None, names: list[str]) -> None:
     """
     Raises:
-        UsageProblem: if images, question and cache do not make a question about images.
+        UsageProblem: if images, question, cache and store do not make a question about images.
     """
     if os.path.isfile(question):
         raise UsageProblem(f"the question comes last, but {question} is a file")
@@ -93,23 +124,90 @@ def check_inputs(images: list[str], question: str, cache: Path | None) -> None:
         raise UsageProblem("the question is empty")
     if cache is not None and images:
         raise UsageProblem("give images or --cache, not both")
-    if cache is None and not images:
-        raise UsageProblem("no image: give one before the question, or a compressed one with --cache")
+    if store is not None and (images or cache is not None):
+        raise UsageProblem("give --store with --image, or images, or --cache")
+    if (store is None) != (not names):
+        raise UsageProblem("--store and --image go together: name what to ask about")
+    if cache is None and store is None and not images:
+        raise UsageProblem("no image: give one before the question, or a compressed one with --cache or --store")
 
 
-def build_prompt(processor: VoCoLlamaProcessor, num_images: int, question: str) -> str:
+@dataclass(frozen=True)
+class Asked:
+    """What a question is about: each an `"image"` or a `"video"`, and the frames of each video."""
+
+    cache: VoCoCache
+    kinds: list[str]
+    frames: list[int]
+
+
+def from_file(path: Path) -> Asked:
+    """What `voco-llama compress` wrote."""
+    from ..modeling import VoCoCache
+
+    cache = VoCoCache.load(path)
+    return Asked(cache, ["image"] * len(cache), [])
+
+
+def from_store(path: Path, names: list[str], num_voco_tokens: int | None) -> Asked:
     """
-    The question as the model was trained to be asked, behind its images.
+    Entries of a store.
+
+    Raises:
+        UsageProblem: if a name is none of an entry, or of several.
+    """
+    from ..modeling import VoCoCache
+    from ..store import VoCoStore
+    from .store import find_one
+
+    with VoCoStore(path) as store:
+        entries = [find_one(store, name, num_voco_tokens) for name in names]
+        caches = [store.get(entry.content_hash, entry.num_voco_tokens, entry.sampling) for entry in entries]
+    kinds = ["video" if entry.is_video else "image" for entry in entries]
+    return Asked(VoCoCache.cat(caches), kinds, [entry.num_images for entry in entries if entry.is_video])
+
+
+def compress_now(
+    network: Any,
+    processor: VoCoLlamaProcessor,
+    pictures: list[Any],
+    num_voco_tokens: int | None,
+    num_frames: int | None,
+    fps: float | None,
+) -> Asked:
+    """Images and paths of videos, whose frames are compressed as they are decoded."""
+    from ..modeling import VoCoCache
+    from ..modeling.processing_voco_llama import check_num_voco_tokens
+
+    if num_frames is None and fps is None:
+        num_frames = processor.num_frames
+    count = num_voco_tokens or processor.num_voco_tokens
+    check_num_voco_tokens([count])
+    caches, kinds, frames = [], [], []
+    for picture in pictures:
+        is_film = isinstance(picture, str)
+        clip = read_frames(picture, num_frames, fps) if is_film else [picture]
+        cache = network.compress(processor.iter_pixel_values(clip), count, show_progress=is_film)
+        caches.append(cache)
+        kinds.append("video" if is_film else "image")
+        frames += [len(cache)] if is_film else []
+    return Asked(VoCoCache.cat(caches), kinds, frames)
+
+
+def build_prompt(processor: VoCoLlamaProcessor, kinds: list[str], question: str) -> str:
+    """
+    The question as the model was trained to be asked, behind its images and videos.
 
     Raises:
         UsageProblem: if the question holds a token that stands for an image.
     """
-    for token in (processor.image_token, processor.voco_token):
+    for token in (processor.image_token, processor.video_token, processor.voco_token):
         if token in question:
             raise UsageProblem(f"the question has {token} in it: images are put before the question")
     if processor.chat_template is None:
-        return f"{processor.image_token}\n" * num_images + question
-    content = [*[{"type": "image"}] * num_images, {"type": "text", "text": question}]
+        tokens = {"image": processor.image_token, "video": processor.video_token}
+        return "".join(f"{tokens[kind]}\n" for kind in kinds) + question
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
     conversation: list[dict] = [{"role": "user", "content": content}]
     return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 

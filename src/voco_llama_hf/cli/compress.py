@@ -16,6 +16,7 @@ from .options import (
     NumVoCoTokensOption,
     check_output,
     human_bytes,
+    plural,
 )
 
 
@@ -67,7 +68,3 @@ def compress(
         f"key-value cache: {human_bytes(full_bytes)} -> {human_bytes(cache.nbytes)}, "
         f"{full_bytes / cache.nbytes:.0f}x smaller"
     )
-
-
-def plural(number: int, name: str) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {name}s"

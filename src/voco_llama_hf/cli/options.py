@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..videos import is_video
 from .errors import UsageProblem
 
 
@@ -33,6 +34,10 @@ NumVoCoTokensOption = Annotated[
     int | None,
     typer.Option("--num-voco-tokens", "-k", min=1, help="VoCo tokens an image. By default the model's own number."),
 ]
+NumFramesOption = Annotated[
+    int | None, typer.Option(min=1, help="Frames of a video, evenly spaced. By default the model's own number.")
+]
+FpsOption = Annotated[float | None, typer.Option(help="Frames of a video, a second, instead of --num-frames.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
@@ -64,12 +69,32 @@ def check_extra(command: str, extra: str, modules: Sequence[str]) -> None:
         raise UsageProblem(f"{command} needs the extra {extra}: pip install 'voco-llama-hf[{extra}]'")
 
 
+def check_sampling_options(num_frames: int | None, fps: float | None) -> None:
+    """
+    Raises:
+        UsageProblem: if both are given, or `fps` is not above 0.
+    """
+    if num_frames is not None and fps is not None:
+        raise UsageProblem("give --num-frames or --fps, not both")
+    if fps is not None and not fps > 0:
+        raise UsageProblem(f"--fps must be above 0, got {fps}")
+
+
 def check_train_extra(command: str, modules: Sequence[str]) -> None:
     """
     Raises:
         UsageProblem: if one of the `modules` of the extra `train` is not installed.
     """
     check_extra(command, "train", modules)
+
+
+def check_video_extra(paths: Iterable[str]) -> None:
+    """
+    Raises:
+        UsageProblem: if there is a video among the `paths`, and no decoder installed.
+    """
+    if any(map(is_video, paths)):
+        check_extra("a video", "video", ["av"])
 
 
 def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
@@ -88,6 +113,11 @@ def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
         raise UsageProblem(f"{path} exists: give another name, or --force to replace it")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UsageProblem(f"{path} cannot be written: permission denied")
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def human_bytes(number: float) -> str:

@@ -18,6 +18,25 @@ FILE_FORMAT = "voco_cache"
 FILE_VERSION = "1"
 
 
+class TokenBuffer:
+    """Rows that are appended at the end and forgotten at the front, without copying all of them every time."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.room = rows
+        self.start, self.end = 0, len(rows)
+
+    def append(self, rows: torch.Tensor, num_forgotten: int) -> torch.Tensor:
+        """What is held now, as a view; views handed out before stay as they are."""
+        if self.end + len(rows) > len(self.room):
+            held = self.room[self.start : self.end]
+            self.room = held.new_empty(2 * (len(held) + len(rows)), *held.shape[1:])
+            self.room[: len(held)] = held
+            self.start, self.end = 0, len(held)
+        self.room[self.end : self.end + len(rows)] = rows
+        self.start, self.end = self.start + num_forgotten, self.end + len(rows)
+        return self.room[self.start : self.end]
+
+
 class VoCoCache:
     r"""
     Compressed images, one entry an image, made by [`VoCoLlamaForConditionalGeneration.compress`].
@@ -46,6 +65,7 @@ class VoCoCache:
     >>> first, rest = cache[0], cache[1:]
     >>> inputs = processor(text="<image>\nWhat is this?", voco_cache=first, return_tensors="pt")
     >>> model.generate(**inputs, voco_cache=first)
+    >>> cache.append(model.compress(next_frame, num_voco_tokens=2), window=1000)
     ```"""
 
     def __init__(
@@ -64,6 +84,7 @@ class VoCoCache:
         self.values = values
         self.token_counts = list(token_counts)
         self.fingerprint = dict(fingerprint)
+        self._buffers: tuple[TokenBuffer, TokenBuffer] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -139,6 +160,32 @@ class VoCoCache:
         values = torch.cat([cache.values.to(first.values) for cache in caches])
         return cls(keys, values, [count for cache in caches for count in cache.token_counts], first.fingerprint)
 
+    def append(self, other: "VoCoCache", window: int | None = None) -> None:
+        """
+        Adds images at the end, as frames of a stream arrive. What is held is copied only when its room doubles, so a
+        frame costs the same however many came before.
+
+        Args:
+            other ([`VoCoCache`]):
+                The new images. They take the dtype and device of this cache.
+            window (`int`, *optional*):
+                Images to keep: the oldest are forgotten.
+
+        Raises:
+            ValueError: if `other` was made by another model, or `window` is below 1.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        check_fingerprint(other.fingerprint, self.fingerprint, "this one")
+        counts = [*self.token_counts, *other.token_counts]
+        kept = counts if window is None else counts[-window:]
+        if self._buffers is None:
+            self._buffers = TokenBuffer(self.keys), TokenBuffer(self.values)
+        keys, values = self._buffers
+        self.keys = keys.append(other.keys, sum(counts) - sum(kept))
+        self.values = values.append(other.values, sum(counts) - sum(kept))
+        self.token_counts = kept
+
     def to(self, *args, **kwargs) -> "VoCoCache":
         """A copy on another device or in another dtype; takes what [`torch.Tensor.to`] takes."""
         keys, values = self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs)
@@ -155,15 +202,13 @@ class VoCoCache:
             "version": FILE_VERSION,
             "num_voco_tokens": json.dumps(self.token_counts),
             "fingerprint": json.dumps(self.fingerprint),
-            "sha256": _digest(tensors["keys"], tensors["values"]),
+            "sha256": digest(tensors["keys"], tensors["values"]),
         }
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
             save_file(tensors, aside, metadata=metadata)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(aside, 0o666 & ~umask)
+            apply_umask(aside)
             os.replace(aside, path)
         except BaseException:
             os.unlink(aside)
@@ -192,7 +237,7 @@ class VoCoCache:
             raise ValueError(
                 f"{path} has VoCoCache version {metadata.get('version')}, this package reads {FILE_VERSION}"
             )
-        if metadata.get("sha256") != _digest(tensors["keys"], tensors["values"]):
+        if metadata.get("sha256") != digest(tensors["keys"], tensors["values"]):
             raise ValueError(f"{path} is damaged: its content does not match its checksum")
         try:
             counts, fingerprint = json.loads(metadata["num_voco_tokens"]), json.loads(metadata["fingerprint"])
@@ -201,7 +246,9 @@ class VoCoCache:
             raise ValueError(f"{path} is damaged: its metadata does not describe its tensors ({error})") from error
 
 
-def check_fingerprint(made_by: dict[str, str], expected: dict[str, str], owner: str) -> None:
+def check_fingerprint(
+    made_by: dict[str, str], expected: dict[str, str], owner: str, what: str = "this VoCoCache"
+) -> None:
     """
     Compares what two caches, or a cache and a model, were made by.
 
@@ -211,10 +258,18 @@ def check_fingerprint(made_by: dict[str, str], expected: dict[str, str], owner: 
     names = [name for name in expected | made_by if made_by.get(name) != expected.get(name)]
     if names:
         differences = ", ".join(f"{name} is {made_by.get(name)}, not {expected.get(name)}" for name in names)
-        raise ValueError(f"this VoCoCache was made by another model than {owner}: {differences}")
+        raise ValueError(f"{what} was made by another model than {owner}: {differences}")
 
 
-def _digest(*tensors: torch.Tensor) -> str:
+def apply_umask(path: str | os.PathLike) -> None:
+    """Gives a file that was written for its owner alone the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 over the bytes of tensors."""
     sha256 = hashlib.sha256()
     for tensor in tensors:
         sha256.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)

@@ -69,8 +69,8 @@ PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "unknown"}
 # The prompt the authors train on: the image first, then the system prompt and the turns of Vicuna v1
 AUTHORS_CHAT_TEMPLATE = """\
 {%- for message in messages if message['content'] is not string -%}
-    {%- for part in message['content'] if part['type'] == 'image' -%}
-        {{ '<image>\\n' }}
+    {%- for part in message['content'] if part['type'] in ('image', 'video') -%}
+        {{ '<' + part['type'] + '>\\n' }}
     {%- endfor -%}
 {%- endfor -%}
 {%- if messages[0]['role'] != 'system' -%}

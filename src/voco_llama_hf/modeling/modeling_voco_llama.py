@@ -7,7 +7,7 @@ injected into its cache.
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -257,7 +257,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     @torch.no_grad()
     def compress(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | Iterable[torch.Tensor],
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
         batch_size: int = COMPRESSION_BATCH_SIZE,
         show_progress: bool = True,
@@ -266,10 +266,11 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         Compresses images for later questions.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
-                Preprocessed images.
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, or an `Iterable` of such tensors):
+                Preprocessed images. An iterable is read as it is compressed: of a long video nothing but the VoCo
+                tokens is ever held, see [`VoCoLlamaProcessor.iter_pixel_values`].
             num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
-                VoCo tokens of every image, or of each; `config.num_voco_tokens` by default.
+                VoCo tokens of every image, or of each (not for an iterable); `config.num_voco_tokens` by default.
             batch_size (`int`, *optional*, defaults to 16):
                 Images that are compressed at a time, which bounds the memory.
             show_progress (`bool`, *optional*, defaults to `True`):
@@ -278,12 +279,35 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         Returns:
             [`VoCoCache`]: one entry an image.
         """
+        if not isinstance(pixel_values, torch.Tensor):
+            return self._compress_stream(pixel_values, num_voco_tokens, batch_size, show_progress)
         if len(pixel_values) == 0:
             raise ValueError("compress needs at least one image")
         self._check_rotation()
         counts = self._per_image_counts(num_voco_tokens, pixel_values)
         keys, values, _ = self._compress(pixel_values, counts, batch_size, show_progress)
         return VoCoCache(keys, values, counts, self.fingerprint())
+
+    def _compress_stream(
+        self,
+        batches: Iterable[torch.Tensor],
+        num_voco_tokens: int | list[int] | torch.Tensor | None,
+        batch_size: int,
+        show_progress: bool,
+    ) -> VoCoCache:
+        if num_voco_tokens is not None and not isinstance(num_voco_tokens, int):
+            raise ValueError("num_voco_tokens must be one number for all images of an iterable")
+        stream: VoCoCache | None = None
+        for batch in logging.tqdm(batches, desc="Compressing batches", disable=not show_progress):
+            compressed = self.compress(batch, num_voco_tokens, batch_size, show_progress=False)
+            # In one growing buffer: many small tensors, kept between large ones, would fragment the memory
+            if stream is None:
+                stream = compressed
+            else:
+                stream.append(compressed)
+        if stream is None:
+            raise ValueError("compress needs at least one image")
+        return VoCoCache.cat([stream])
 
     def _split_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of compressed images as `(tokens, 2, layers, heads, head_dim)` and, where known, last hidden states."""

@@ -43,13 +43,13 @@ CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
 {%- for part in content -%}
-{%- if part.type == 'image' -%}{{ '<image>\\n' }}{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}
+{%- if part.type == 'text' -%}{{ part.text }}{%- else -%}{{ '<' + part.type + '>\\n' }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
 {%- for message in messages -%}
 {%- set text = render(message.content) -%}
-{%- if loop.first and not text.startswith('<image>') -%}{{ bos_token }}{%- endif -%}
+{%- if loop.first and not text.startswith(('<image>', '<video>')) -%}{{ bos_token }}{%- endif -%}
 {%- if message.role == 'assistant' -%}
 {%- generation -%}{{ text + eos_token }}{%- endgeneration -%}
 {%- else -%}{{ text + '\\n' }}{%- endif -%}

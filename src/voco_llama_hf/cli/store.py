@@ -1,0 +1,138 @@
+"""`voco-llama store`: what is in a store, whether it is whole, and what is to go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageProblem
+from .options import human_bytes, plural
+
+
+store_app = typer.Typer(
+    help="Look into a store of compressed images, check it, remove from it.", invoke_without_command=True
+)
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+
+
+@store_app.callback()
+def main(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@store_app.command()
+def info(
+    store: StoreArgument,
+    files: Annotated[bool, typer.Option("--files", help="Also list what is stored, one line an entry.")] = False,
+) -> None:
+    """Print what a store holds, by which model, and what could not be read."""
+    from ..store import VoCoStore
+
+    with VoCoStore(store) as opened:
+        entries = list(opened)
+        videos = [entry for entry in entries if entry.is_video]
+        kept = "8 bits" if opened.eight_bit else "as computed"
+        number = plural(len(entries), "entry", "entries")
+        typer.echo(f"{store}: {number}, {human_bytes(opened.nbytes)}, keys and values {kept}")
+        typer.echo(f"images: {len(entries) - len(videos)}")
+        typer.echo(f"videos: {len(videos)}, {plural(sum(entry.num_images for entry in videos), 'frame')}")
+        counts = Counter(entry.num_voco_tokens for entry in entries)
+        typer.echo("VoCo tokens: " + (", ".join(f"k={k} {number}" for k, number in sorted(counts.items())) or "none"))
+        typer.echo("model: " + ", ".join(f"{name} {value}" for name, value in opened.fingerprint.items()))
+        for source, error in opened.failures().items():
+            typer.echo(f"failed: {source}: {error}")
+        if files:
+            for entry in entries:
+                address = f"{entry.content_hash[:12]} k={entry.num_voco_tokens} {entry.sampling}".strip()
+                typer.echo(f"{address} {', '.join(entry.sources)}")
+
+
+@store_app.command()
+def verify(
+    store: StoreArgument,
+    remove_damaged: Annotated[
+        bool, typer.Option("--remove-damaged", help="Remove damaged entries, for `voco-llama index` to make again.")
+    ] = False,
+) -> None:
+    """Read every entry and compare it with its checksum; ends with exit code 1 if one is damaged."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from ..store import VoCoStore
+
+    console = Console(stderr=True)
+    with VoCoStore(store) as opened:
+        damaged = []
+        for entry, problem in track(
+            opened.verify(), "Verifying", len(opened), console=console, transient=True, disable=not console.is_terminal
+        ):
+            if problem is not None:
+                damaged.append(entry)
+                typer.echo(f"damaged: {', '.join(entry.sources) or entry.content_hash}: {problem}", err=True)
+        number = plural(len(opened), "entry", "entries")
+        if remove_damaged:
+            for entry in damaged:
+                opened.remove(entry.content_hash, entry.num_voco_tokens, entry.sampling)
+    typer.echo(f"{store}: {number}, {len(damaged)} damaged{' and removed' if damaged and remove_damaged else ''}")
+    if damaged and not remove_damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command()
+def remove(
+    store: StoreArgument,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Files, or first digits of their hashes.")],
+) -> None:
+    """Remove images and videos, at every k, and free their bytes."""
+    from ..store import VoCoStore
+
+    with VoCoStore(store) as opened:
+        hashes = [entry.content_hash for name in names for entry in find(opened, name)]
+        number = sum(opened.remove(content_hash) for content_hash in dict.fromkeys(hashes))
+        freed = opened.compact()
+    typer.echo(f"{store}: {plural(number, 'entry', 'entries')} removed, {human_bytes(max(freed, 0))} freed")
+
+
+@store_app.command()
+def compact(store: StoreArgument) -> None:
+    """Write small shards together into large ones."""
+    from ..store import VoCoStore
+
+    with VoCoStore(store) as opened:
+        freed = opened.compact()
+    typer.echo(f"{store}: {human_bytes(max(freed, 0))} freed")
+
+
+def find(store, name: str, num_voco_tokens: int | None = None) -> list:
+    """
+    The entries of one content.
+
+    Raises:
+        UsageProblem: if there is none of that name, or several contents.
+    """
+    entries = [entry for entry in store.find(name) if num_voco_tokens in (None, entry.num_voco_tokens)]
+    if not entries:
+        at_k = "" if num_voco_tokens is None else f" with {plural(num_voco_tokens, 'VoCo token')}"
+        raise UsageProblem(f"{store.path} has no {name!r}{at_k}; voco-llama store info --files lists what it has")
+    if len({entry.content_hash for entry in entries}) > 1:
+        sources = ", ".join(entry.sources[0] if entry.sources else entry.content_hash[:12] for entry in entries)
+        raise UsageProblem(f"{name!r} can be any of {sources}: give more of its path")
+    return entries
+
+
+def find_one(store, name: str, num_voco_tokens: int | None):
+    """
+    One entry.
+
+    Raises:
+        UsageProblem: if there is none, or several.
+    """
+    entries = find(store, name, num_voco_tokens)
+    if len(entries) > 1:
+        found = ", ".join(f"k={entry.num_voco_tokens} {entry.sampling}".strip() for entry in entries)
+        raise UsageProblem(f"{name!r} is stored more than once ({found}): choose with --num-voco-tokens")
+    return entries[0]

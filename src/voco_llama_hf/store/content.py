@@ -1,0 +1,70 @@
+"""What a stored image is known by: the SHA-256 of its bytes, or of its pixels."""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Content:
+    """
+    An image or a video that goes into a [`VoCoStore`].
+
+    Args:
+        content_hash (`str`):
+            SHA-256 of its bytes or pixels, in hexadecimal digits.
+        sampling (`str`, *optional*, defaults to `""`):
+            How the frames of a video were chosen, as in `"num_frames=8"`; empty for an image.
+        source (`str`, *optional*, defaults to `""`):
+            Where it comes from; what it can be asked for by.
+        size (`int`, *optional*, defaults to 0):
+            Bytes of the source.
+        mtime_ns (`int`, *optional*, defaults to 0):
+            When the source was modified, in nanoseconds: one of the same size and time is not read again.
+        metadata (`dict`, *optional*):
+            Whatever else is to be kept, as JSON.
+    """
+
+    content_hash: str
+    sampling: str = ""
+    source: str = ""
+    size: int = 0
+    mtime_ns: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike, sampling: str = "", metadata: dict[str, Any] | None = None) -> "Content":
+        """A file, known by its bytes. Its source is its absolute path."""
+        stat = os.stat(path)
+        source = str(Path(path).absolute())
+        return cls(hash_file(path), sampling, source, stat.st_size, stat.st_mtime_ns, metadata or {})
+
+    @classmethod
+    def of_pixels(cls, pixels: Any, source: str = "", metadata: dict[str, Any] | None = None) -> "Content":
+        """An image or array, known by its pixels."""
+        return cls(hash_pixels(pixels), source=source, size=_as_array(pixels).nbytes, metadata=metadata or {})
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """SHA-256 of the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_pixels(pixels: Any) -> str:
+    """SHA-256 of the pixels of a Pillow image, an array or a tensor, together with shape and dtype."""
+    array = _as_array(pixels)
+    sha256 = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    sha256.update(array.data)
+    return sha256.hexdigest()
+
+
+def _as_array(pixels: Any) -> Any:
+    import numpy as np
+
+    return np.ascontiguousarray(pixels)
+
+
+__all__ = ["Content", "hash_file", "hash_pixels"]
