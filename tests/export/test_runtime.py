@@ -161,7 +161,7 @@ def greedy_answers(model, processor, num_questions: int, batch_size: int = 10) -
         scene = make_scene("test", index, questions_per_scene=batch_size)
         inputs = processor(
             images=[scene["image"]] * batch_size,
-            text=[build_prompt(processor, 1, question) for question in scene["questions"]],
+            text=[build_prompt(processor, ["image"], question) for question in scene["questions"]],
             padding=True,
             padding_side="left",
             return_tensors="pt",
