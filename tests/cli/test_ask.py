@@ -204,5 +204,5 @@ def test_weights_that_do_not_fit(invoke, images, model_copy):
 def test_embedded_model_reads_the_example(invoke, k):
     rows = json.loads((EXAMPLES / "scene.json").read_text())["questions"]
     answers = [invoke("ask", EXAMPLES / "scene.png", row["question"], "-k", k).stdout.strip() for row in rows]
-    # One question of every family; the checkpoint is right 7 times in 8, blindly it would be 1 in 4
-    assert sum(answer == row["answer"] for answer, row in zip(answers, rows)) >= len(rows) - 2
+    # One question of every family
+    assert answers == [row["answer"] for row in rows]
