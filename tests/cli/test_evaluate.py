@@ -33,6 +33,7 @@ def test_evaluate(evaluate, monkeypatch, tmp_path):
         (["-k", "some"], "takes numbers like 1,2,4"),
         (["-k", "1", "10000"], "at most 576, got 10000"),
         (["--limit", "0"], "Invalid value for '--limit'"),
+        (["--suite", "retention"], "--suite retention trains its own models"),
         (["--split", "holdout"], "'holdout' is not one of"),
         (["--output", "{folder}/missing/a.json"], "is not a folder"),
         (["--plot", "{folder}/a.txt"], "can be drawn as .pdf, .png, .svg only"),

@@ -93,7 +93,8 @@ def evaluate(
     voco-llama evaluate --suite retention --output retention.json --plot retention.png
     """
     check_train_extra("evaluate", TRAIN_EXTRA if suite is Suite.scenes else (*TRAIN_EXTRA, "peft", "trl"))
-    counts = check_counts(num_voco_tokens or ("1 2 4 8" if suite is Suite.scenes else "1 2 4 8 16"))
+    default = "1 2 4 8" if suite is Suite.scenes else "1 2 4 8 16"
+    counts = check_counts(default if num_voco_tokens is None else num_voco_tokens)
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
