@@ -155,8 +155,6 @@ class Shard:
     """
 
     def __init__(self, path: Path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing")
         self.path = path
         try:
             self._file = safe_open(str(path), framework="pt")
@@ -166,7 +164,9 @@ class Shard:
             self.fingerprint: dict[str, str] = json.loads(metadata["fingerprint"])
             self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
             self._records = metadata["records"]
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing") from error
             raise ValueError(f"{path} is damaged: {error}") from error
 
     @property

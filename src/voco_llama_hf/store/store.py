@@ -193,20 +193,13 @@ class VoCoStore:
             KeyError: if it is not stored.
             ValueError: if there are several, or it is damaged.
         """
-        for is_last in (False, True):
-            rows = self._rows(content_hash, num_voco_tokens, sampling)
-            if not rows:
-                raise KeyError(f"{content_hash} is not in the store {self.path}")
-            if len(rows) > 1:
-                found = ", ".join(f"k={row['num_voco_tokens']} {row['sampling']}".strip() for row in rows)
-                raise ValueError(f"{content_hash} is stored more than once: say which of {found}")
-            try:
-                return self._read(rows[0])
-            except FileNotFoundError as error:
-                # Another process may have compacted the store since the index was read
-                if is_last:
-                    raise ValueError(f"the store {self.path} is damaged: {error}") from error
-        raise AssertionError
+        rows = self._rows(content_hash, num_voco_tokens, sampling)
+        if len(rows) > 1:
+            found = ", ".join(f"k={row['num_voco_tokens']} {row['sampling']}".strip() for row in rows)
+            raise ValueError(f"{content_hash} is stored more than once: say which of {found}")
+        if not rows:
+            raise KeyError(f"{content_hash} is not in the store {self.path}")
+        return self._read(rows[0])
 
     def find(self, name: str) -> list[Entry]:
         """
@@ -338,7 +331,9 @@ class VoCoStore:
             problem = None
             try:
                 self._read(row)
-            except (FileNotFoundError, ValueError) as error:
+            except KeyError:
+                continue  # removed since
+            except ValueError as error:
                 problem = str(error)
             yield self._entry(row), problem
 
@@ -468,8 +463,19 @@ class VoCoStore:
         )
 
     def _read(self, row: sqlite3.Row) -> VoCoCache:
-        shard = Shard(self.shards / row["name"])
-        return shard.read(row["first_token"], row["num_images"], row["num_voco_tokens"], row["sha256"])
+        """An entry, also if another process has compacted the store since the index was read."""
+        while True:
+            try:
+                shard = Shard(self.shards / row["name"])
+                return shard.read(row["first_token"], row["num_images"], row["num_voco_tokens"], row["sha256"])
+            except FileNotFoundError as error:
+                rows = self._rows(row["content_hash"], row["num_voco_tokens"], row["sampling"])
+                if not rows:
+                    raise KeyError(f"{row['content_hash']} is not in the store {self.path} any more") from error
+                # The index is written before a file goes, so an entry that has not moved is lost
+                if rows[0]["name"] == row["name"]:
+                    raise ValueError(f"the store {self.path} is damaged: {error}") from error
+                row = rows[0]
 
 
 def _num_tokens(rows: Sequence[sqlite3.Row]) -> int:

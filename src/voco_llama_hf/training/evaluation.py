@@ -185,6 +185,11 @@ def _score(
     }
 
 
+def retention(accuracy: float, lower: float, upper: float) -> float:
+    """The share of what lies between two bounds (paper, Table 1); NaN where nothing does."""
+    return (accuracy - lower) / (upper - lower) if upper != lower else float("nan")
+
+
 def print_results(results: ScenesResults, console: Console | None = None) -> None:
     """Prints the results as a table, in percent."""
     table = Table(

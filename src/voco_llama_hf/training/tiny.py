@@ -27,7 +27,7 @@ from transformers import (
 
 from .. import EMBEDDED_CHECKPOINT
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from .evaluation import UNCOMPRESSED, evaluate_scenes, plot_results, print_results
+from .evaluation import UNCOMPRESSED, evaluate_scenes, plot_results, print_results, retention
 from .muon import MuonMixin
 from .phases import phase_options, run_phase
 from .scenes import CANVAS, DESCRIBE, DIFFICULTIES, make_scenes
@@ -319,7 +319,7 @@ def train_phase(
         pad_to_multiple_of=8,
         **options,
     )
-    collator = SingleQuestionCollator(processor, max(phase.num_voco_tokens)) if phase.single else None
+    collator = SingleQuestionCollator(processor, max(1, *phase.num_voco_tokens)) if phase.single else None
     trainer = MuonSFTTrainer(
         model,
         args,
@@ -500,7 +500,7 @@ def model_card(summary: dict) -> str:
         uncompressed = test["accuracy"][UNCOMPRESSED][difficulty]["all"]
         for mode, scores in test["accuracy"].items():
             accuracy, blind = scores[difficulty]["all"], test["blind"][mode][difficulty]["all"]
-            numbers = (accuracy, blind, (accuracy - blind) / (uncompressed - blind))
+            numbers = (accuracy, blind, retention(accuracy, blind, uncompressed))
             rows.append(f"| {difficulty} | {mode} | {' | '.join(f'{100 * number:.1f}' for number in numbers)} |")
     return MODEL_CARD.format(
         millions=summary["num_parameters"] / 1e6,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluation import ScenesResults, written_aside
+from ..evaluation import ScenesResults, retention, written_aside
 from ..scenes import FAMILIES
 from .study import CAUSAL, UPPER
 
@@ -30,7 +30,7 @@ class Row:
         reading (`str`): `"k=1"`, ..., `"causal"` or `"uncompressed"`.
         accuracy (`dict[str, list[float]]`): Exact match from 0 to 1 by family (and `"all"`), one number a seed.
         retention (`list[float]`):
-            `(accuracy - lower bound) / (upper bound - lower bound)` over all questions, one number a seed. Upper
+            Share of what lies between lower and upper bound that was kept, over all questions, one number a seed. Upper
             bound: trained and asked with VoCo tokens in the sequence and nothing hidden; lower bound: the same model,
             restricted to one VoCo token (paper, Table 1).
     """
@@ -52,7 +52,7 @@ def make_rows(results: dict[str, list[ScenesResults]], difficulty: str) -> list[
             name = "lower bound" if (arm, reading) == (UPPER.name, "k=1") else arm
             accuracy = {family: [score[family] for score in scores] for family in ("all", *FAMILIES)}
             bounds = zip(accuracy["all"], lower, upper, strict=True)
-            rows.append(Row(name, reading, accuracy, [(value - low) / (high - low) for value, low, high in bounds]))
+            rows.append(Row(name, reading, accuracy, [retention(*numbers) for numbers in bounds]))
     return rows
 
 
