@@ -26,8 +26,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
+from voco_llama_cli.options import join_numbers
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from voco_llama_hf.cli.options import join_numbers
 from voco_llama_hf.videos import read_frames
 
 

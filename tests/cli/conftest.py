@@ -7,7 +7,7 @@ from PIL import Image
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from voco_llama_hf.cli import app
+from voco_llama_cli import app
 
 
 def save_checkpoint(folder: Path, seed: int) -> Path:

@@ -4,7 +4,7 @@ import sys
 import pytest
 from PIL import Image
 
-from voco_llama_hf.cli.options import join_numbers
+from voco_llama_cli.options import join_numbers
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_verify(invoke, index, images, store):
     shard.write_bytes(content)
     from typer.testing import CliRunner
 
-    from voco_llama_hf.cli import app
+    from voco_llama_cli import app
 
     result = CliRunner().invoke(app, ["store", "verify", str(store)])
     assert result.exit_code == 1 and "4 entries, 1 damaged" in result.stdout

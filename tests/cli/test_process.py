@@ -51,3 +51,8 @@ def test_ctrl_c(checkpoint, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60) == (b"", b"")
     assert process.returncode == 130
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, voco_llama_cli; sys.exit(bool({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

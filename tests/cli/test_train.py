@@ -5,9 +5,9 @@ import yaml
 from datasets import disable_progress_bars
 from typer.testing import CliRunner
 
+from voco_llama_cli import app
+from voco_llama_cli.train import TRAINING
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
-from voco_llama_hf.cli import app
-from voco_llama_hf.cli.train import TRAINING
 from voco_llama_hf.training.scenes import make_scenes
 from voco_llama_hf.training.script import make_parser
 from voco_llama_hf.training.tiny import Recipe, build_model, build_processor

@@ -119,7 +119,7 @@ def test_killed_at_random_moments(archive, checkpoint, tmp_path):
 
 def test_two_processes(archive, checkpoint, tmp_path):
     """Each writes shards of its own; the first one's index has them all."""
-    command = [sys.executable, "-m", "voco_llama_hf.cli", "index", archive, "--store", tmp_path / "store"]
+    command = [sys.executable, "-m", "voco_llama_cli", "index", archive, "--store", tmp_path / "store"]
     options = ["--model", checkpoint, "-k", "2", "--num-frames", "3", "--num-processes", "2", "--device", "cpu"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from ..cli.loading import find_model
+from voco_llama_cli.loading import find_model
+
 from .llava_data import load_llava_data
 from .phases import last_checkpoint
 from .scenes import make_scenes

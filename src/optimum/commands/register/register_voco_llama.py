@@ -31,7 +31,7 @@ class VoCoLlamaOnnxExportCommand(BaseOptimumCLICommand):
         parser.add_argument("output", help="Folder to write, new or empty.")
 
     def run(self) -> None:
-        from voco_llama_hf.cli import app
+        from voco_llama_cli import app
 
         options = {"precision": self.args.dtype, "quantize": self.args.quantize, "provider": self.args.provider}
         options |= {"opset": self.args.opset}

@@ -30,9 +30,9 @@ class Row:
         reading (`str`): `"k=1"`, ..., `"causal"` or `"uncompressed"`.
         accuracy (`dict[str, list[float]]`): Exact match from 0 to 1 by family (and `"all"`), one number a seed.
         retention (`list[float]`):
-            Share of what lies between lower and upper bound that was kept, over all questions, one number a seed. Upper
-            bound: trained and asked with VoCo tokens in the sequence and nothing hidden; lower bound: the same model,
-            restricted to one VoCo token (paper, Table 1).
+            Share of what lies between lower and upper bound that was kept, over all questions, one number a seed.
+            Upper bound: trained and asked with VoCo tokens in the sequence and nothing hidden; lower bound: the same
+            model, restricted to one VoCo token (paper, Table 1).
     """
 
     arm: str

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..images import open_image
-from ..videos import is_video, read_frames
 from .errors import UsageProblem
 from .options import (
     DeviceOption,
@@ -27,7 +25,7 @@ from .options import (
 
 
 if TYPE_CHECKING:
-    from ..modeling import VoCoCache, VoCoLlamaProcessor
+    from voco_llama_hf.modeling import VoCoCache, VoCoLlamaProcessor
 
 
 def ask(
@@ -72,6 +70,9 @@ def ask(
     check_inputs(images, question, cache, store, names or [])
     check_sampling_options(num_frames, fps)
     check_video_extra(images)
+    from voco_llama_hf.images import open_image
+    from voco_llama_hf.videos import is_video
+
     from .loading import count_vision_tokens, find_model, load_model
 
     name = find_model(model)
@@ -143,7 +144,7 @@ class Asked:
 
 def from_file(path: Path) -> Asked:
     """What `voco-llama compress` wrote."""
-    from ..modeling import VoCoCache
+    from voco_llama_hf.modeling import VoCoCache
 
     cache = VoCoCache.load(path)
     return Asked(cache, ["image"] * len(cache), [])
@@ -156,8 +157,9 @@ def from_store(path: Path, names: list[str], num_voco_tokens: int | None) -> Ask
     Raises:
         UsageProblem: if a name is none of an entry, or of several.
     """
-    from ..modeling import VoCoCache
-    from ..store import VoCoStore
+    from voco_llama_hf.modeling import VoCoCache
+    from voco_llama_hf.store import VoCoStore
+
     from .store import find_one
 
     with VoCoStore(path) as store:
@@ -176,8 +178,9 @@ def compress_now(
     fps: float | None,
 ) -> Asked:
     """Images and paths of videos, whose frames are compressed as they are decoded."""
-    from ..modeling import VoCoCache
-    from ..modeling.processing_voco_llama import check_num_voco_tokens
+    from voco_llama_hf.modeling import VoCoCache
+    from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
+    from voco_llama_hf.videos import read_frames
 
     if num_frames is None and fps is None:
         num_frames = processor.num_frames

@@ -30,7 +30,7 @@ def info(
     files: Annotated[bool, typer.Option("--files", help="Also list what is stored, one line an entry.")] = False,
 ) -> None:
     """Print what a store holds, by which model, and what could not be read."""
-    from ..store import VoCoStore
+    from voco_llama_hf.store import VoCoStore
 
     with VoCoStore(store) as opened:
         entries = list(opened)
@@ -62,7 +62,7 @@ def verify(
     from rich.console import Console
     from rich.progress import track
 
-    from ..store import VoCoStore
+    from voco_llama_hf.store import VoCoStore
 
     console = Console(stderr=True)
     with VoCoStore(store) as opened:
@@ -88,7 +88,7 @@ def remove(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Files, or first digits of their hashes.")],
 ) -> None:
     """Remove images and videos, at every k, and free their bytes."""
-    from ..store import VoCoStore
+    from voco_llama_hf.store import VoCoStore
 
     with VoCoStore(store) as opened:
         hashes = [entry.content_hash for name in names for entry in find(opened, name)]
@@ -100,7 +100,7 @@ def remove(
 @store_app.command()
 def compact(store: StoreArgument) -> None:
     """Write small shards together into large ones."""
-    from ..store import VoCoStore
+    from voco_llama_hf.store import VoCoStore
 
     with VoCoStore(store) as opened:
         freed = opened.compact()

@@ -115,7 +115,7 @@ def check_counts(text: str) -> tuple[int, ...]:
     Raises:
         UsageProblem: if `text` names no numbers of VoCo tokens, or some that are too small or too large.
     """
-    from ..modeling.processing_voco_llama import MAX_VOCO_TOKENS
+    from voco_llama_hf.modeling.processing_voco_llama import MAX_VOCO_TOKENS
 
     counts = tuple(parse_numbers(text, "--num-voco-tokens"))
     if not counts or min(counts) < 1:
@@ -149,7 +149,7 @@ def evaluate_model(
     network, processor = load_model(find_model(model), device, dtype)
     import datasets
 
-    from ..training.evaluation import evaluate_scenes, plot_results, print_results
+    from voco_llama_hf.training.evaluation import evaluate_scenes, plot_results, print_results
 
     datasets.disable_progress_bars()
     console = wide_console()
@@ -182,10 +182,10 @@ def compare_compressors(
     """Trains and asks everything of the retention suite."""
     import json
 
-    from ..training.evaluation import written_aside
-    from ..training.retention.report import make_rows, plot_rows, print_rows
-    from ..training.retention.study import Study, run_study
-    from ..training.scenes import DIFFICULTIES
+    from voco_llama_hf.training.evaluation import written_aside
+    from voco_llama_hf.training.retention.report import make_rows, plot_rows, print_rows
+    from voco_llama_hf.training.retention.study import Study, run_study
+    from voco_llama_hf.training.scenes import DIFFICULTIES
 
     console = wide_console()
     study = Study(work_dir, steps)

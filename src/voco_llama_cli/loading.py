@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from .. import EMBEDDED_CHECKPOINT
 from .errors import UsageProblem
 from .options import Dtype
 
@@ -19,7 +18,7 @@ from .options import Dtype
 if TYPE_CHECKING:
     import torch
 
-    from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
+    from voco_llama_hf.modeling import VoCoLlamaConfig, VoCoLlamaProcessor
 
 
 def find_model(name: str | None) -> str:
@@ -30,6 +29,8 @@ def find_model(name: str | None) -> str:
         UsageProblem: if there is no such folder, or it holds no model.
     """
     if name is None:
+        from voco_llama_hf import EMBEDDED_CHECKPOINT
+
         return EMBEDDED_CHECKPOINT
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
@@ -51,7 +52,7 @@ def load_model(name: str, device: str | None, dtype: Dtype | None) -> tuple[Any,
     """
     with Console(stderr=True).status(f"Loading {Path(name).name}"):
         silence_transformers()
-        from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+        from voco_llama_hf.modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
         torch_device = find_device(device)
         check_config(name)
@@ -76,7 +77,7 @@ def check_config(name: str) -> None:
     Raises:
         ValueError: if a checkpoint is not a VoCo-LLaMA.
     """
-    from ..modeling import VoCoLlamaConfig
+    from voco_llama_hf.modeling import VoCoLlamaConfig
 
     with loading(f"the configuration of {name}"):
         config, _ = VoCoLlamaConfig.get_config_dict(name)

@@ -29,7 +29,7 @@ def train(context: typer.Context) -> None:
     args = resolve_shipped(context.args, "--config", "recipes")
     args = resolve_shipped(args, "--accelerate_config", "accelerate_configs")
     if "--accelerate_config" not in args:
-        from ..training.script import main
+        from voco_llama_hf.training.script import main
 
         return main(args)
     launch(args)
@@ -62,7 +62,7 @@ def launch(args: list[str]) -> None:
     """Runs the training script on the processes that the accelerate configuration in `args` asks for."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from ..training.script import make_parser
+    from voco_llama_hf.training.script import make_parser
 
     index = args.index("--accelerate_config")
     config, args = args[index + 1], [*args[:index], *args[index + 2 :]]

@@ -24,7 +24,7 @@ from .options import (
 
 
 if TYPE_CHECKING:
-    from ..store.indexing import Indexed, Indexer
+    from voco_llama_hf.store.indexing import Indexed, Indexer
 
 
 SHOWN_FAILURES = 10
@@ -52,7 +52,7 @@ def index(
     voco-llama index photos --store photos.voco --num-voco-tokens 2
 
     What is stored already is skipped, so an interrupted run goes on where it was. On several machines run
-    accelerate launch ... -m voco_llama_hf.cli index FOLDER --store STORE on each.
+    accelerate launch ... -m voco_llama_cli index FOLDER --store STORE on each.
     """
     if not folder.is_dir():
         raise UsageProblem(f"{folder} is not a folder")
@@ -80,14 +80,14 @@ def index(
     from .loading import count_vision_tokens, find_model, load_model
 
     name = find_model(model)
-    from ..store.indexing import Indexer, Sampling, find_files
-    from ..store.processes import Processes
+    from voco_llama_hf.store.indexing import Indexer, Sampling, find_files
+    from voco_llama_hf.store.processes import Processes
 
     files = find_files(folder)
     check_video_extra(files)
     processes = Processes()
     network, processor = load_model(name, device or own_device(processes.local_rank, processes.number), dtype)
-    from ..modeling.processing_voco_llama import check_num_voco_tokens
+    from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
 
     sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps)
     count = num_voco_tokens or processor.num_voco_tokens
@@ -118,7 +118,7 @@ def launch(num_processes: int, args: list[str]) -> None:
     from torch.distributed.run import main
 
     try:
-        main(["--standalone", f"--nproc-per-node={num_processes}", "-m", "voco_llama_hf.cli", *args])
+        main(["--standalone", f"--nproc-per-node={num_processes}", "-m", "voco_llama_cli", *args])
     except ChildFailedError as error:
         # Each process has said why
         raise typer.Exit(1) from error
@@ -148,7 +148,7 @@ def show(results: Iterable[Indexed], indexer: Indexer, number: int, vision_token
 
 def bytes_of_token(indexer: Indexer) -> int:
     """Keys and values of a token in the model's own precision."""
-    from ..modeling.configuration_voco_llama import key_value_shape
+    from voco_llama_hf.modeling.configuration_voco_llama import key_value_shape
 
     layers, heads, head_dim = key_value_shape(indexer.model.config.text_config)
     return 2 * layers * heads * head_dim * indexer.model.dtype.itemsize

@@ -12,7 +12,7 @@ from .options import check_extra, human_bytes
 
 
 if TYPE_CHECKING:
-    from ..export import ExportReport
+    from voco_llama_hf.export import ExportReport
 
 
 class Precision(str, Enum):
@@ -64,9 +64,9 @@ def onnx(
 
     silence_transformers()
     with Console(stderr=True).status("Loading ONNX Runtime") as status:
-        from ..export import export_onnx
-        from ..export.files import check_new_folder
-        from ..export.session import check_provider
+        from voco_llama_hf.export import export_onnx
+        from voco_llama_hf.export.files import check_new_folder
+        from voco_llama_hf.export.session import check_provider
 
         # Before the model is loaded, which may take long
         check_new_folder(output)

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ..videos import is_video
 from .errors import UsageProblem
 
 
@@ -93,6 +92,8 @@ def check_video_extra(paths: Iterable[str]) -> None:
     Raises:
         UsageProblem: if there is a video among the `paths`, and no decoder installed.
     """
+    from voco_llama_hf.videos import is_video
+
     if any(map(is_video, paths)):
         check_extra("a video", "video", ["av"])
 

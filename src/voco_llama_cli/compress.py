@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..images import check_image, open_image
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -38,6 +37,8 @@ def compress(
     voco-llama compress cat.png dog.png --output pets.safetensors
     """
     check_output(output, force, inputs=images)
+    from voco_llama_hf.images import check_image, open_image
+
     for image in images:
         check_image(image)
     from .loading import count_vision_tokens, find_model, load_model
@@ -48,7 +49,7 @@ def compress(
     from rich.console import Console
     from rich.progress import track
 
-    from ..modeling import VoCoCache
+    from voco_llama_hf.modeling import VoCoCache
 
     count = num_voco_tokens or processor.num_voco_tokens
     caches = []

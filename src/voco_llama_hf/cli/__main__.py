@@ -1,6 +1,0 @@
-"""`python -m voco_llama_hf.cli`, which launchers of several processes can start."""
-
-from . import app
-
-
-app()
