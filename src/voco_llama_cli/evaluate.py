@@ -80,7 +80,10 @@ def evaluate(
     ] = Path("runs") / "retention",
     steps: Annotated[int, typer.Option(min=1, help="Of retention: steps that everything is trained for.")] = 1000,
     seeds: Annotated[int, typer.Option(min=1, help="Of retention: how often everything is trained.")] = 3,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the results to.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file to write the results to; .md for the tables of retention."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw the results into (.png, .pdf, .svg).")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -183,7 +186,7 @@ def compare_compressors(
     import json
 
     from voco_llama_hf.training.evaluation import written_aside
-    from voco_llama_hf.training.retention.report import make_rows, plot_rows, print_rows
+    from voco_llama_hf.training.retention.report import make_rows, plot_rows, print_rows, to_markdown
     from voco_llama_hf.training.retention.study import Study, run_study
     from voco_llama_hf.training.scenes import DIFFICULTIES
 
@@ -197,7 +200,10 @@ def compare_compressors(
     if output is not None:
         settings = {"split": split, "limit": limit, "steps": steps, "seeds": seeds, "num_voco_tokens": counts}
         table = {difficulty: [asdict(row) for row in its_rows] for difficulty, its_rows in rows.items()}
+        text = json.dumps({**settings, "rows": table}, indent=2) + "\n"
+        if output.suffix.lower() == ".md":
+            text = "\n".join(f"## {difficulty} scenes\n\n{to_markdown(its)}" for difficulty, its in rows.items())
         with written_aside(output) as part:
-            part.write_text(json.dumps({**settings, "rows": table}, indent=2) + "\n")
+            part.write_text(text)
     if plot is not None:
         plot_rows(rows["dense"], f"dense scenes ({about})", plot)

@@ -90,10 +90,11 @@ def test_uncompressed_mode_equals_llava(rows, padding_side):
     layouts(),
     st.lists(st.lists(st.integers(14, 120), min_size=1, max_size=4), min_size=1, max_size=4),
     st.sampled_from(["left", "right"]),
-    st.sampled_from(["voco", "causal", "uncompressed"]),
+    st.sampled_from([("voco", False), ("voco", True), ("causal", False), ("uncompressed", False)]),
 )
-def test_text_groups_are_read_as_if_each_were_alone(rows, questions, padding_side, mode):
+def test_text_groups_are_read_as_if_each_were_alone(rows, questions, padding_side, way):
     """Every row asks all questions; the reference is a batch of one question, for each of them."""
+    mode, two_stages = way
     images = pixels(num_images(rows))
     together = short_batch([[*row, *questions] for row in rows], MODEL.config, padding_side)
     lengths = [0, *map(len, questions)]
@@ -103,7 +104,12 @@ def test_text_groups_are_read_as_if_each_were_alone(rows, questions, padding_sid
         row_groups[mask.nonzero().flatten()[-len(numbers) :]] = numbers
     with torch.no_grad():
         output = MODEL(
-            **together, pixel_values=images, attention_mode=mode, text_groups=groups, use_cache=False
+            **together,
+            pixel_values=images,
+            attention_mode=mode,
+            text_groups=groups,
+            two_stages=two_stages,
+            use_cache=False,
         ).logits
     for number, question in enumerate(questions, start=1):
         alone = short_batch([[*row, question] for row in rows], MODEL.config, padding_side)
@@ -113,12 +119,24 @@ def test_text_groups_are_read_as_if_each_were_alone(rows, questions, padding_sid
             torch.testing.assert_close(ours[its_groups == number], theirs[-len(question) :], **TOLERANCE)
 
 
-def test_text_groups_need_the_single_pass():
+def test_text_groups_of_images_that_are_compressed_already():
     ids, groups = torch.tensor([[127, 20, 21]]), torch.tensor([[0, 1, 2]])
-    with pytest.raises(ValueError, match="text_groups needs pixel_values, use_cache=False"):
-        MODEL(input_ids=ids, pixel_values=pixels(1), text_groups=groups, use_cache=True)
-    with pytest.raises(ValueError, match="text_groups needs pixel_values"):
-        MODEL(input_ids=ids, voco_cache=MODEL.compress(pixels(1), 1), text_groups=groups, use_cache=False)
+    with torch.no_grad():
+        expected = MODEL(input_ids=ids, pixel_values=pixels(1), text_groups=groups, use_cache=False).logits
+        output = MODEL(input_ids=ids, voco_cache=MODEL.compress(pixels(1), 1), text_groups=groups).logits
+    torch.testing.assert_close(output[:, 1:], expected[:, 1:], **TOLERANCE)
+
+
+def test_ways_that_cannot_be_combined():
+    ids, groups = torch.tensor([[127, 20, 21]]), torch.tensor([[0, 1, 2]])
+    with pytest.raises(ValueError, match="text_groups needs images, no past_key_values"):
+        MODEL(input_ids=ids[:, 1:], text_groups=groups[:, 1:])
+    with torch.no_grad():
+        cache = MODEL(input_ids=ids, pixel_values=pixels(1), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="text_groups needs images, no past_key_values"):
+        MODEL(input_ids=ids, pixel_values=pixels(1), text_groups=groups, past_key_values=cache)
+    with pytest.raises(ValueError, match="two_stages=False needs use_cache=False"):
+        MODEL(input_ids=ids, pixel_values=pixels(1), two_stages=False, use_cache=True)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)

@@ -10,7 +10,7 @@ from training.recipe import RECIPE
 from voco_llama_hf.training.evaluation import ScenesResults
 from voco_llama_hf.training.readers import preprocess, uncompressed_reader
 from voco_llama_hf.training.retention.baselines import put_compressor
-from voco_llama_hf.training.retention.report import make_curves, make_rows, plot_rows, print_rows
+from voco_llama_hf.training.retention.report import make_curves, make_rows, plot_rows, print_rows, to_markdown
 from voco_llama_hf.training.retention.study import Arm, Study, make_arms, run_study
 from voco_llama_hf.training.scenes import DIFFICULTIES, FAMILIES, make_scenes
 from voco_llama_hf.training.tiny import build_model, build_processor
@@ -80,7 +80,7 @@ def test_retention_is_the_share_between_the_bounds_of_the_same_seed():
 def test_curves_have_a_point_for_each_number_of_tokens():
     curves = make_curves(make_rows(RESULTS, "dense"))
     points = {name: [k for k, _ in points] for name, points in curves.items()}
-    assert points == {"q-former": [1], "trained at each k": [1, 2], "trained at k=2": [1, 2], "elastic": [1, 2]}
+    assert points == {"q-former": [1], "trained at k=1": [1], "trained at k=2": [1, 2], "elastic": [1, 2]}
 
 
 def test_the_table_and_the_picture(tmp_path):
@@ -89,15 +89,18 @@ def test_the_table_and_the_picture(tmp_path):
     print_rows(rows, "some title", console)
     table = console.file.getvalue()
     assert all(word in table for word in ("upper bound", "lower bound", "37.5 ±17.7", "85.0 ±7.1", *FAMILIES))
+    head, _, first, *_ = to_markdown(rows).splitlines()
+    assert head.startswith("| arm | asked with | exact match |") and head.count("|") == first.count("|")
+    assert first.startswith("| upper bound | causal | 85.0 ±7.1 | 100.0 ±0.0 |")
     plot_rows(rows, "some title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_arm_of_the_paper_is_there():
     arms = {arm.name: arm for arm in make_arms((1, 2, 16))}
-    assert len({arm.folder for arm in arms.values()}) == len(arms) == 9
+    assert len({arm.folder for arm in arms.values()}) == len(arms) == 8
     assert arms["upper bound"].attention_mode == "causal"
-    assert arms["trained at k=2"].read_at == (2,) and arms["trained at k=16"].read_at == (1, 2, 16)
+    assert arms["trained at k=1"].read_at == (1,) and arms["trained at k=16"].read_at == (1, 2, 16)
     assert arms["elastic, distilled"].num_voco_tokens == arms["elastic"].num_voco_tokens == (1, 2, 16, 0)
 
 

@@ -401,6 +401,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         voco_cache: VoCoCache | None = None,
         attention_mode: str | None = None,
         text_groups: torch.LongTensor | None = None,
+        two_stages: bool | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
@@ -421,9 +422,13 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             text_groups (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Lets one row ask many questions about its images, each as if it were alone: a token sees those of group
                 0 and of its own, and is numbered behind the tokens of group 0. `<voco>` tokens belong to group 0, and
-                the tokens of a group are neighbours. Single pass only.
+                the tokens of a group are neighbours.
+            two_stages (`bool`, *optional*):
+                Whether images are compressed first, all together, and the short sequence reads what is left of them,
+                or the long sequence is run at once, whose cost grows with the square of its images. By default with a
+                cache, and where the attention takes no masks.
             use_cache (`bool`, *optional*):
-                With a cache, images are compressed first (two stages); without, the long sequence is run at once.
+                Whether to return a cache of the short sequence.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 The images as [`get_image_features`] returned them, under the key `"image"`.
 
@@ -453,13 +458,14 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         language_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
-        two_stages = self._runs_in_two_stages(mode, use_cache, past_key_values)
-        if text_groups is not None and (two_stages or pixel_values is None):
+        two_stages = self._runs_in_two_stages(two_stages, mode, use_cache, past_key_values)
+        has_images = any(images is not None for images in (pixel_values, voco_cache, features))
+        if text_groups is not None and not (has_images and past_key_values is None and self._takes_masks()):
             raise ValueError(
-                "text_groups needs pixel_values, use_cache=False and an attention that takes masks "
+                "text_groups needs images, no past_key_values, and an attention that takes masks "
                 f"({', '.join(MASKABLE_ATTENTION)})"
             )
-        if pixel_values is None and voco_cache is None and features is None:
+        if not has_images:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **language_inputs
             )
@@ -478,21 +484,33 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 )
             features = self.get_image_features(pixel_values, counts, voco_cache)
         rows: Any = features.pooler_output
-        return self._forward_injected(inputs_embeds, rows, voco_mask, past_key_values, use_cache, **language_inputs)
+        return self._forward_injected(
+            inputs_embeds, rows, voco_mask, past_key_values, use_cache, text_groups, **language_inputs
+        )
 
-    def _runs_in_two_stages(self, mode: str, use_cache: bool, past_key_values: Cache | None) -> bool:
+    def _takes_masks(self) -> bool:
+        return self.config.text_config._attn_implementation in MASKABLE_ATTENTION
+
+    def _runs_in_two_stages(
+        self, two_stages: bool | None, mode: str, use_cache: bool, past_key_values: Cache | None
+    ) -> bool:
         if mode != "voco":
             return False
-        maskable = self.config.text_config._attn_implementation in MASKABLE_ATTENTION
         # Gradient checkpointing switches caches off, and with them the injection
         if self.training and self.language_model.gradient_checkpointing and past_key_values is None:
-            if not maskable:
+            if two_stages:
+                raise ValueError("gradient checkpointing needs the single pass: two_stages cannot be True")
+            if not self._takes_masks():
                 raise ValueError(
                     "gradient checkpointing needs the single pass, whose mask "
                     f"{self.config.text_config._attn_implementation} cannot apply: use {', '.join(MASKABLE_ATTENTION)}"
                 )
             return False
-        return use_cache or past_key_values is not None or not maskable
+        if two_stages is None:
+            return use_cache or past_key_values is not None or not self._takes_masks()
+        if not two_stages and (use_cache or past_key_values is not None or not self._takes_masks()):
+            raise ValueError("two_stages=False needs use_cache=False and an attention that takes masks")
+        return two_stages
 
     def _forward_expanded(
         self,
@@ -553,9 +571,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         )
 
     def _masked_attention(
-        self, embeds: torch.Tensor, padding_mask: torch.Tensor, positions: torch.Tensor, rule: Callable
+        self, embeds: torch.Tensor, padding_mask: torch.Tensor | None, positions: torch.Tensor, rule: Callable
     ):
-        """The finished mask of a single pass, in the form that the text model's attention takes."""
+        """A finished mask, in the form that the text model's attention takes."""
         config = self.config.text_config
         full = create_causal_mask(config, embeds, padding_mask, past_key_values=None, and_mask_function=rule)
         window = sliding_window(config)
@@ -573,15 +591,22 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         voco_mask: torch.Tensor,
         past_key_values: Cache | None,
         use_cache: bool,
+        text_groups: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """Second stage: the short sequence under plain causal attention, with the compressed images in place."""
         cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
-        if position_ids is None:
+        if position_ids is None and text_groups is not None:
+            position_ids = group_positions(text_groups)
+        elif position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
             position_ids = position_ids + cache.get_seq_length()
+        mask: Any = attention_mask
+        if text_groups is not None:
+            rule = text_group_function(text_groups)
+            mask = self._masked_attention(inputs_embeds, attention_mask, position_ids, rule)
         rows = torch.cat([image.to(inputs_embeds.device) for image in images])
         token_rows, token_columns = voco_mask.nonzero(as_tuple=True)
         # Later calls of one conversation may bring images along that its cache holds already
@@ -600,7 +625,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=injection if injects else cache,
             use_cache=True,

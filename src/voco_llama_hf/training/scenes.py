@@ -151,22 +151,35 @@ def sample_objects(rng: np.random.Generator, difficulty: str) -> list[SceneObjec
     return objects
 
 
+def draw_shapes(
+    background: tuple[int, ...], shapes: list[tuple[str, tuple[int, ...], float, float, int]]
+) -> PILImage.Image:
+    """
+    Draws a canvas with shapes on it.
+
+    Args:
+        background (`tuple[int, ...]`): Colour of the canvas.
+        shapes (`list[tuple]`): Name, colour, left, top and side of each, in pixels.
+    """
+    canvas = PILImage.new("RGB", (CANVAS * SUPERSAMPLING,) * 2, background)
+    draw = ImageDraw.Draw(canvas)
+    for name, fill, *box in shapes:
+        left, top, side = (round(number * SUPERSAMPLING) for number in box)
+        if name == "circle":
+            draw.ellipse((left, top, left + side - 1, top + side - 1), fill=fill)
+        else:
+            draw.polygon([(left + x * (side - 1), top + y * (side - 1)) for x, y in OUTLINES[name]], fill=fill)
+    return canvas.reduce(SUPERSAMPLING)
+
+
 def render(rng: np.random.Generator, objects: list[SceneObject], split: str) -> PILImage.Image:
     """Draws a scene as an RGB image of 64x64 pixels, its digits with glyphs of `split`."""
     background = tuple(rng.integers(0, 50, size=3).tolist())
-    canvas = PILImage.new("RGB", (CANVAS * SUPERSAMPLING,) * 2, background)
-    draw = ImageDraw.Draw(canvas)
     noise = rng.integers(-12, 13, size=(len(objects), 3))
     colours = np.array([COLOURS[o.colour] for o in objects])
     fills = list(map(tuple, (colours + noise).clip(0, 255).tolist()))
-    for obj, fill in zip(objects, fills, strict=True):
-        side = obj.pixels * SUPERSAMPLING
-        left, top = obj.left * SUPERSAMPLING, obj.top * SUPERSAMPLING
-        if obj.name == "circle":
-            draw.ellipse((left, top, left + side - 1, top + side - 1), fill=fill)
-        elif obj.name in OUTLINES:
-            draw.polygon([(left + x * (side - 1), top + y * (side - 1)) for x, y in OUTLINES[obj.name]], fill=fill)
-    canvas = canvas.reduce(SUPERSAMPLING)
+    shapes = [(o.name, fill, o.left, o.top, o.pixels) for o, fill in zip(objects, fills, strict=True)]
+    canvas = draw_shapes(background, [shape for shape in shapes if shape[0] in SHAPES])
     images, labels = glyphs(split)
     for obj, fill in zip(objects, fills, strict=True):
         if obj.name.isdigit():

@@ -77,17 +77,23 @@ def print_rows(rows: list[Row], title: str, console: Console) -> None:
     console.print(table)
 
 
+def to_markdown(rows: list[Row]) -> str:
+    """The table as Markdown, in percent."""
+    head = ("arm", "asked with", "exact match", "retention", *FAMILIES)
+    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
+    for row in rows:
+        numbers = [row.accuracy["all"], row.retention, *(row.accuracy[family] for family in FAMILIES)]
+        lines.append(f"| {row.arm} | {row.reading} | {' | '.join(map(percent, numbers))} |")
+    return "\n".join(lines) + "\n"
+
+
 def make_curves(rows: list[Row]) -> dict[str, list[tuple[int, list[float]]]]:
-    """Retention over the number of tokens, by the name of the curve; arms trained at one k share a curve besides."""
+    """Retention over the number of tokens, by arm."""
     curves: dict[str, list[tuple[int, list[float]]]] = {}
     for row in rows:
         if row.reading.startswith("k=") and row.arm != "lower bound":
-            k = int(row.reading.removeprefix("k="))
-            if row.arm == f"trained at k={k}":
-                curves.setdefault("trained at each k", []).append((k, row.retention))
-            curves.setdefault(row.arm, []).append((k, row.retention))
-    # An arm that was asked at its own k only is a point of the shared curve
-    return {name: points for name, points in curves.items() if len(points) > 1 or not name.startswith("trained at k=")}
+            curves.setdefault(row.arm, []).append((int(row.reading.removeprefix("k=")), row.retention))
+    return curves
 
 
 def plot_rows(rows: list[Row], title: str, path: Path) -> None:
