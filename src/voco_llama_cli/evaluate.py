@@ -45,7 +45,11 @@ class Suite(str, Enum):
     """What is measured."""
 
     scenes = "scenes"
+    videos = "videos"
     retention = "retention"
+
+
+DEFAULT_COUNTS = {Suite.scenes: "1 2 4 8", Suite.videos: "2", Suite.retention: "1 2 4 8 16"}
 
 
 class Evaluate(TyperCommand):
@@ -60,7 +64,8 @@ def evaluate(
     suite: Annotated[
         Suite,
         typer.Option(
-            help="scenes: how many questions a model answers right. retention: what survives VoCo tokens, and other "
+            help="scenes: how many questions about images a model answers right. videos: about short videos, with all "
+            "frames, with one, and out of order. retention: what survives VoCo tokens, and other "
             "ways to shorten an image, all trained alike from one start: hours without a GPU."
         ),
     ] = Suite.scenes,
@@ -70,10 +75,10 @@ def evaluate(
         typer.Option(
             *NUMBERS_OPTIONS,
             metavar="K [K...]",
-            help="Numbers of VoCo tokens to compare. By default 1 2 4 8, of retention 1 2 4 8 16.",
+            help="Numbers of VoCo tokens to compare. By default 1 2 4 8, of videos 2, of retention 1 2 4 8 16.",
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Scenes to ask about.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="Scenes or videos to ask about.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 128,
     work_dir: Annotated[
         Path, typer.Option(help="Of retention: folder of data, weights and answers; what is there is not made again.")
@@ -93,18 +98,19 @@ def evaluate(
 
     voco-llama evaluate --num-voco-tokens 1 2 4 8 --output results.json --plot results.png
 
+    voco-llama evaluate --suite videos --num-voco-tokens 1 2
+
     voco-llama evaluate --suite retention --output retention.json --plot retention.png
     """
-    check_train_extra("evaluate", TRAIN_EXTRA if suite is Suite.scenes else (*TRAIN_EXTRA, "peft", "trl"))
-    default = "1 2 4 8" if suite is Suite.scenes else "1 2 4 8 16"
-    counts = check_counts(default if num_voco_tokens is None else num_voco_tokens)
+    check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite is Suite.retention else TRAIN_EXTRA)
+    counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
     if plot is not None and plot.suffix.lower() not in PLOT_FORMATS:
         raise UsageProblem(f"{plot} can be drawn as {', '.join(PLOT_FORMATS)} only")
-    if suite is Suite.scenes:
-        evaluate_model(model, split.value, counts, limit, batch_size, output, plot, device, dtype)
+    if suite is not Suite.retention:
+        evaluate_model(suite, model, split.value, counts, limit, batch_size, output, plot, device, dtype)
     else:
         if any(option is not None for option in (model, device, dtype)):
             raise UsageProblem(
@@ -136,6 +142,7 @@ def wide_console() -> Console:
 
 
 def evaluate_model(
+    suite: Suite,
     model: str | None,
     split: str,
     counts: tuple[int, ...],
@@ -153,10 +160,14 @@ def evaluate_model(
     import datasets
 
     from voco_llama_hf.training.evaluation import evaluate_scenes, plot_results, print_results
+    from voco_llama_hf.training.video_evaluation import evaluate_videos, plot_video_results, print_video_results
 
     datasets.disable_progress_bars()
     console = wide_console()
-    results = evaluate_scenes(
+    ask: Any = evaluate_scenes if suite is Suite.scenes else evaluate_videos
+    show: Any = print_results if suite is Suite.scenes else print_video_results
+    draw: Any = plot_results if suite is Suite.scenes else plot_video_results
+    results = ask(
         network,
         processor,
         split,
@@ -165,11 +176,11 @@ def evaluate_model(
         limit=limit,
         progress=console.is_terminal,
     )
-    print_results(results, console)
+    show(results, console)
     if output is not None:
         results.save(output)
     if plot is not None:
-        plot_results(results, plot)
+        draw(results, plot)
 
 
 def compare_compressors(

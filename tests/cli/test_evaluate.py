@@ -25,6 +25,16 @@ def test_evaluate(evaluate, monkeypatch, tmp_path):
     assert Image.open(plot).width > 500
 
 
+def test_evaluate_videos(evaluate, tmp_path):
+    output, plot = tmp_path / "results.json", tmp_path / "results.png"
+    result = evaluate("--suite", "videos", "--limit", 2, "-k", 1, "--output", output, "--plot", plot)
+    assert all(
+        word in result.stdout for word in ("k=1", "all frames", "one frame", "out of order", "chance", "blinks")
+    )
+    assert set(json.loads(output.read_text())["accuracy"]["k=1"]) == {"all frames", "one frame", "out of order"}
+    assert Image.open(plot).width > 500
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

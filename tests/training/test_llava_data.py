@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from training.sft_helpers import config, losses, noise_image, processor_and_model
+from video_files import make_frames, write_video
 
 from voco_llama_hf.training import VoCoSFTTrainer
 from voco_llama_hf.training.llava_data import load_llava_data
@@ -18,6 +19,7 @@ def images(tmp_path):
     for name in ("a.png", "b.jpg"):
         noise_image(rng).save(folder / name)
     (folder / "text.png").write_text("no image")
+    write_video(folder / "film.mp4", make_frames(12))
     data = (folder / "a.png").read_bytes()
     (folder / "cut.png").write_bytes(data[: len(data) // 2])
     return folder
@@ -33,6 +35,7 @@ GOOD = [
     {"id": 3, "conversations": turns("Hello\nthere", "Hi.")},
     {"id": 4, "image": ["a.png", "b.jpg"], "conversations": turns("<image><image> Which?", "Both.")},
 ]
+FILM = {"video": "film.mp4", "conversations": turns("<video>\nDoes it brighten?", "Yes.")}
 BAD = {
     "no such image": {"image": "none.png", "conversations": turns("<image>", "A.")},
     "is not an image": {"image": "text.png", "conversations": turns("<image>", "A.")},
@@ -41,6 +44,9 @@ BAD = {
     "do not take turns: user, user": {"conversations": turns("a") + turns("b")},
     "it says <image> 2 times, but has 1 images": {"image": "a.png", "conversations": turns("<image><image>", "A.")},
     "it says <image> 0 times, but has 1 images": {"image": "a.png", "conversations": turns("What?", "A.")},
+    "it says <video> 0 times, but has 1 videos": {**FILM, "conversations": turns("What?", "A.")},
+    "no such video": {**FILM, "video": "none.mp4"},
+    "text.png cannot be decoded": {**FILM, "video": "text.png"},
     "it has no conversations": {"image": "a.png"},
     "a turn is no {'from': ..., 'value': ...}: 5": {"conversations": [5]},
 }
@@ -69,6 +75,14 @@ def test_rows_become_messages_and_images(tmp_path, images, suffix):
     ]
     assert [[shown.size for shown in row["images"]] for row in rows] == [[(40, 30)] * n for n in (1, 1, 0, 2)]
     assert all(isinstance(shown, Image.Image) for row in rows for shown in row["images"])
+
+
+def test_videos_become_frames(tmp_path, images):
+    (row,) = load_llava_data(write(tmp_path / "data.json", [FILM]), images, num_frames=4)
+    video, text = row["messages"][0]["content"]
+    assert text == {"type": "text", "text": "Does it brighten?"} and row["images"] == []
+    assert [frame.shape for frame in video["video"]] == [(48, 64, 3)] * 4
+    assert all(np.diff([frame[:, :32].mean() for frame in video["video"]]) > 10)
 
 
 def test_bad_rows_are_reported_by_number_and_left_out(tmp_path, images, caplog):
@@ -133,7 +147,7 @@ def test_a_buffer_shuffles_rows_the_same_way_for_the_same_seed(tmp_path, images)
 
 
 def test_the_stream_trains(tmp_path, images):
-    path = write(tmp_path / "data.json", [*GOOD, BAD["no such image"]])
+    path = write(tmp_path / "data.json", [*GOOD, FILM, BAD["no such image"]])
     processor, model = processor_and_model()
     trainer = VoCoSFTTrainer(
         model,

@@ -150,6 +150,7 @@ def test_freezing_what_is_not_there_is_an_error(tmp_path):
         ({"num_voco_tokens": []}, "num_voco_tokens"),
         ({"distillation_weight": 1.5}, "distillation_weight"),
         ({"distillation_temperature": 0.0}, "distillation_temperature"),
+        ({"two_stages": True, "gradient_checkpointing": True}, "gradient checkpointing needs long sequences"),
     ],
 )
 def test_bad_options_are_errors(tmp_path, options, message):
@@ -257,6 +258,17 @@ def test_distillation_moves_the_student_towards_its_teacher(tmp_path):
     curve = losses(trainer, "distillation_loss")
     assert curve[-1] < 0.5 * curve[0]
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
+
+
+def test_two_stages_train_as_long_sequences_do(tmp_path):
+    dataset = conversations(images_per_row=(3, 1, 0))
+    runs = []
+    for two_stages in (False, True):
+        options = {"num_voco_tokens": [2, 1, 0], "max_steps": 6, "two_stages": two_stages}
+        trainer = make_trainer(tmp_path, dataset=dataset, **options)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-4)
 
 
 def test_adapter_teacher_needs_adapters(tmp_path):

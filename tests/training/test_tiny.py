@@ -9,6 +9,7 @@ from training.recipe import RECIPE
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.training import VoCoDataCollator
+from voco_llama_hf.training.moving_scenes import make_clips
 from voco_llama_hf.training.muon import MuonWithAdamW
 from voco_llama_hf.training.scenes import COLOURS, POSITIONS, SHAPES, make_scenes
 from voco_llama_hf.training.single_questions import SingleQuestionCollator
@@ -123,6 +124,22 @@ def test_single_questions_are_tokenized_as_they_are_asked(processor, scenes):
             assert labels[groups == group].tolist() == [-100] * len(asked) + own[len(asked) :]
 
 
+def test_videos_and_images_share_a_batch(processor, scenes):
+    phase = Phase(
+        "some", 1, 1e-3, "cosine", num_voco_tokens=(2,), questions=2, describe=True, single=True, videos=True
+    )
+    clips, clip = conversations(make_clips("train", 2), phase), make_clips("train", 2)[1]
+    scene = conversations(scenes, replace(phase, videos=False))[0]
+    batch = SingleQuestionCollator(processor, num_voco_tokens=2)([clips[1], scene])
+    assert batch["num_voco_tokens"].tolist() == [2] * 9 and len(batch["pixel_values"]) == 9
+    voco = (batch["input_ids"] == processor.image_token_id).sum(1)
+    assert voco.tolist() == [16, 2]
+    told = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]).split("</s>")
+    assert told == [*clip["answers"][:2], clip["description"], ""]
+    asked = processor.tokenizer.decode(batch["input_ids"][0][batch["text_groups"][0] == 3])
+    assert asked.startswith("Describe the video.\n")
+
+
 def test_images_of_any_size_are_resized(processor, scenes):
     image = scenes[0]["image"].convert("L").resize((200, 90))
     inputs = processor(images=image, text="<image>\nWhere is the star?\n", num_voco_tokens=2, return_tensors="pt")
@@ -183,13 +200,16 @@ def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
     first = replace(RECIPE, phases=RECIPE.phases[:1])
     train(first, work_dir, compile=False)
     trained = (work_dir / "uncompressed-final" / "model.safetensors").read_bytes()
-    train(RECIPE, work_dir, compile=False)
+    videos = Phase("videos", 2, 1e-3, "cosine", num_voco_tokens=(1, 2, 0), describe=True, single=True, videos=True)
+    recipe = replace(RECIPE, num_train_clips=8, num_test_clips=4, phases=(*RECIPE.phases, videos))
+    train(recipe, work_dir, compile=False)
     assert (work_dir / "uncompressed-final" / "model.safetensors").read_bytes() == trained
-    publish(work_dir, RECIPE, output_dir)
+    publish(work_dir, recipe, output_dir)
 
     results = json.loads((output_dir / "results.json").read_text())
     assert results["recipe"]["phases"][1]["num_voco_tokens"] == [1, 2, 0]
     assert set(results["test"]["accuracy"]) == {"k=1", "k=2", "uncompressed"}
+    assert set(results["videos"]["accuracy"]) == {"k=1", "k=2"}
     assert {"README.md", "results.png", "training.png", "model.safetensors"} <= {p.name for p in output_dir.iterdir()}
     model = VoCoLlamaForConditionalGeneration.from_pretrained(output_dir)
     processor = VoCoLlamaProcessor.from_pretrained(output_dir)

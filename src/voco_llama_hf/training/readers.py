@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset
@@ -30,14 +30,14 @@ def voco_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values:
             cache = model.compress(pixel_values.to(model.dtype), num_voco_tokens=k, show_progress=False)
         batch = cache[images]
         inputs = processor(
-            text=_prompts(processor, questions),
+            text=make_prompts(processor, questions),
             voco_cache=batch,
             padding=True,
             padding_side="left",
             return_tensors="pt",
         ).to(model.device)
         ids = model.generate(**inputs, voco_cache=batch, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-        return _decode(processor, ids[:, inputs["input_ids"].shape[1] :])
+        return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
 
     return read
 
@@ -63,7 +63,7 @@ def _llava_reader(
 
     def read(questions: list[str], images: list[int]) -> list[str]:
         inputs = processor.tokenizer(
-            [prompt.replace(processor.image_token, image) for prompt in _prompts(processor, questions)],
+            [prompt.replace(processor.image_token, image) for prompt in make_prompts(processor, questions)],
             add_special_tokens=False,
             padding=True,
             padding_side="left",
@@ -76,20 +76,21 @@ def _llava_reader(
             max_new_tokens=MAX_ANSWER_TOKENS,
             do_sample=False,
         )
-        return _decode(processor, ids[:, inputs["input_ids"].shape[1] :])
+        return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
 
     return read
 
 
-def _prompts(processor: ProcessorMixin, questions: list[str]) -> list[str]:
+def make_prompts(processor: ProcessorMixin, questions: Sequence[str], kind: str = "image") -> list[str]:
+    """Questions about an `"image"` or a `"video"` each, in the form of the chat template."""
     conversations = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        for question in questions
+        [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}] for question in questions
     ]
     return processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
 
 
-def _decode(processor: ProcessorMixin, ids: torch.Tensor) -> list[str]:
+def decode_answers(processor: ProcessorMixin, ids: torch.Tensor) -> list[str]:
+    """Texts of generated ids `(batch_size, max_new_tokens)`."""
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 

@@ -34,7 +34,9 @@ class DataArguments(ScriptArguments):
             A data set on the Hub, a folder that `datasets` has saved or can load, a `.json` or `.jsonl` file in
             LLaVA's format, or `"voco-scenes"` for the procedural scenes.
         image_folder (`str`, *optional*):
-            Folder that the image paths of LLaVA's format start from; that of the file by default.
+            Folder that the paths of images and videos of LLaVA's format start from; that of the file by default.
+        num_frames (`int`, *optional*, defaults to 8):
+            Frames sampled from a video of LLaVA's format.
         max_bad_rows (`int`, *optional*, defaults to 100):
             Rows of LLaVA's format that may be left out because they cannot be read.
         shuffle_buffer_size (`int`, *optional*, defaults to 10000):
@@ -44,8 +46,9 @@ class DataArguments(ScriptArguments):
     """
 
     image_folder: str | None = field(
-        default=None, metadata={"help": "Folder that the image paths of LLaVA's format start from."}
+        default=None, metadata={"help": "Folder that the paths of images and videos of LLaVA's format start from."}
     )
+    num_frames: int = field(default=8, metadata={"help": "Frames sampled from a video of LLaVA's format."})
     max_bad_rows: int = field(
         default=100, metadata={"help": "Rows of LLaVA's format that may be left out because they cannot be read."}
     )
@@ -82,7 +85,12 @@ def load_split(arguments: DataArguments, split: str, seed: int) -> Dataset | Ite
         return make_scenes(split, arguments.num_scenes, seed=seed).select_columns(columns)
     if name.endswith(LLAVA_SUFFIXES):
         return load_llava_data(
-            name, arguments.image_folder, arguments.max_bad_rows, arguments.shuffle_buffer_size, seed=seed
+            name,
+            arguments.image_folder,
+            arguments.max_bad_rows,
+            arguments.shuffle_buffer_size,
+            seed,
+            arguments.num_frames,
         )
     if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
         loaded: Any = load_from_disk(name)

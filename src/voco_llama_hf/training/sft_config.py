@@ -19,6 +19,10 @@ class VoCoSFTConfig(SFTConfig):
             process; 0 stands for a step that reads the uncompressed image, and a number that is listed twice is drawn
             twice as often. Evaluation uses the first number, and so do the saved model and processor by default.
             Unset, every step uses `model.config.num_voco_tokens`.
+        two_stages (`bool`, *optional*, defaults to `False`):
+            Compress all images of a batch together, and let the text read what is left of them, instead of running
+            long sequences with all vision tokens: less work for rows of several images or of many frames. Not with
+            gradient checkpointing.
         freeze (`list[str]`, *optional*, defaults to `["vision_tower"]`):
             Names of the modules that are not trained, as they stand in the names of the parameters.
         distillation_weight (`float`, *optional*, defaults to `0.0`):
@@ -42,6 +46,10 @@ class VoCoSFTConfig(SFTConfig):
             "reads the uncompressed image. The first is the default of the saved model.",
             "nargs": "+",
         },
+    )
+    two_stages: bool = field(
+        default=False,
+        metadata={"help": "Compress the images of a batch first, for rows of several images or of many frames."},
     )
     freeze: list[str] = field(
         default_factory=lambda: ["vision_tower"],
@@ -71,6 +79,10 @@ class VoCoSFTConfig(SFTConfig):
             self.freeze = [self.freeze]
         if self.num_voco_tokens is not None and (not self.num_voco_tokens or min(self.num_voco_tokens) < 0):
             raise ValueError(f"num_voco_tokens takes numbers from 0 on, at least one, got {self.num_voco_tokens}")
+        if self.two_stages and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing needs long sequences: two_stages goes with gradient_checkpointing=False"
+            )
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"distillation_weight must lie between 0 and 1, got {self.distillation_weight}")
         if self.distillation_temperature <= 0:

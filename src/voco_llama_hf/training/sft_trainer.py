@@ -130,6 +130,8 @@ class VoCoSFTTrainer(SFTTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
         choices = self.args.num_voco_tokens
+        if self.args.two_stages and "num_voco_tokens" in inputs:
+            inputs["two_stages"] = True
         if choices is None or "num_voco_tokens" not in inputs:
             return inputs
         drawn = choices[0]

@@ -19,7 +19,7 @@ IGNORED = -100
 
 class SingleQuestionCollator:
     """
-    Makes batches out of conversations about one image each, whose turns do not see each other.
+    Makes batches out of conversations about an image or a video each, whose turns do not see each other.
 
     Args:
         processor ([`VoCoLlamaProcessor`]): Processor of the model.
@@ -33,16 +33,22 @@ class SingleQuestionCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            examples (`list[dict]`): `image`, and `messages` of user and assistant in turn, their contents plain text.
+            examples (`list[dict]`):
+                `image`, or `images` in the order in which they stand before the text, and `messages` of user and
+                assistant in turn, their contents plain text.
 
         Returns:
             What [`VoCoLlamaForConditionalGeneration`] takes: `pixel_values`, `num_voco_tokens`, and `input_ids`,
-            `attention_mask`, `labels` and `text_groups`, one row an image, padded on the right.
+            `attention_mask`, `labels` and `text_groups`, one row an example, padded on the right.
         """
-        images = self.processor.image_processor(images=[example["image"] for example in examples], return_tensors="pt")
+        frames = [example["images"] if "images" in example else [example["image"]] for example in examples]
+        images = self.processor.image_processor(images=[image for row in frames for image in row], return_tensors="pt")
         messages = [message for example in examples for message in example["messages"]]
         turns = iter(self._tokenize(messages[::2], messages[1::2]))
-        rows = [self._row([next(turns) for _ in example["messages"][::2]]) for example in examples]
+        rows = [
+            self._row(len(images), [next(turns) for _ in example["messages"][::2]])
+            for images, example in zip(frames, examples)
+        ]
         paddings = (self.processor.tokenizer.pad_token_id, IGNORED, 0, 0)
         ids, labels, groups, mask = (
             pad_sequence(list(column), batch_first=True, padding_value=padding)
@@ -50,7 +56,7 @@ class SingleQuestionCollator:
         )
         return {
             "pixel_values": images.pixel_values,
-            "num_voco_tokens": torch.full((len(examples),), self.num_voco_tokens),
+            "num_voco_tokens": torch.full((len(images.pixel_values),), self.num_voco_tokens),
             "input_ids": ids,
             "attention_mask": mask,
             "labels": labels,
@@ -70,9 +76,9 @@ class SingleQuestionCollator:
         ids = (self.processor.tokenizer(part, add_special_tokens=False).input_ids for part in texts)
         return list(zip(*ids))
 
-    def _row(self, turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
+    def _row(self, num_images: int, turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
         """Ids, labels, groups and attention mask of one row."""
-        ids = [self.processor.image_token_id] * self.num_voco_tokens
+        ids = [self.processor.image_token_id] * (self.num_voco_tokens * num_images)
         labels, groups = [IGNORED] * len(ids), [0] * len(ids)
         for group, (question, answer) in enumerate(turns, start=1):
             ids += question + answer

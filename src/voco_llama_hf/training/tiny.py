@@ -12,7 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, Image, concatenate_datasets, load_from_disk
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -28,12 +28,14 @@ from transformers import (
 from .. import EMBEDDED_CHECKPOINT
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .evaluation import UNCOMPRESSED, evaluate_scenes, plot_results, print_results, retention
+from .moving_scenes import DESCRIBE_VIDEO, make_clips
 from .muon import MuonMixin
 from .phases import phase_options, run_phase
 from .scenes import CANVAS, DESCRIBE, DIFFICULTIES, make_scenes
 from .sft_config import VoCoSFTConfig
 from .sft_trainer import VoCoSFTTrainer
 from .single_questions import SingleQuestionCollator
+from .video_evaluation import evaluate_videos, plot_video_results, print_video_results
 from .vision import train_vision_tower
 
 
@@ -130,6 +132,7 @@ class Phase:
         describe (`bool`): Whether a description of the scene ends every conversation: it asks for all that there is
             to see, which a compressed image learns to keep.
         single (`bool`): Whether every question sees the image and itself only.
+        videos (`bool`): Whether every other row is a video; needs `single`.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Phase:
     questions: int = 8
     describe: bool = False
     single: bool = False
+    videos: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,8 @@ class Recipe:
     """Everything that decides what is trained."""
 
     num_train_scenes: int = 300_000
+    num_train_clips: int = 30_000
+    num_test_clips: int = 600
     num_validation_scenes: int = 300
     num_test_scenes: int = 600
     dense_share: float = 0.3
@@ -171,6 +177,17 @@ class Recipe:
                 questions=12,
                 describe=True,
                 single=True,
+            ),
+            Phase(
+                "videos",
+                1500,
+                7e-4,
+                "warmup_stable_decay",
+                (1, 1, 2, 2, 2, 2, 4, 4, 8, 0),
+                questions=6,
+                describe=True,
+                single=True,
+                videos=True,
             ),
         )
     )
@@ -280,16 +297,21 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
 
 
 def conversations(scenes: Dataset, phase: Phase) -> Dataset:
-    """What is asked and answered about each image, perhaps with a description behind: there it gives nothing away."""
+    """
+    What is asked and answered about each image or video, perhaps with a description behind: there it gives nothing
+    away.
+    """
+    column = "images" if phase.videos else "image"
 
     def turns(rows: dict[str, list]) -> dict[str, list]:
         messages = [turns[: 2 * phase.questions] for turns in rows["messages"]]
         if phase.describe:
-            for conversation, description in zip(messages, rows["description"], strict=True):
-                conversation += [{"role": "user", "content": DESCRIBE}, {"role": "assistant", "content": description}]
-        return {"image": rows["image"], "messages": messages}
+            for images, conversation, description in zip(rows[column], messages, rows["description"], strict=True):
+                request = DESCRIBE_VIDEO if phase.videos and len(images) > 1 else DESCRIBE
+                conversation += [{"role": "user", "content": request}, {"role": "assistant", "content": description}]
+        return {column: rows[column], "messages": messages}
 
-    return scenes.select_columns(["image", "messages", "description"]).with_transform(turns)
+    return scenes.select_columns([column, "messages", "description"]).with_transform(turns)
 
 
 def train_phase(
@@ -307,13 +329,15 @@ def train_phase(
     """
     validation = scenes["validation"].select(range(min(128, len(scenes["validation"]))))
     args = VoCoSFTConfig(
-        **phase_options(work_dir / phase.name, phase.steps, recipe.batch_size, recipe.seed),
+        # Half as many rows, half of which have eight images
+        **phase_options(work_dir / phase.name, phase.steps, recipe.batch_size // (1 + phase.videos), recipe.seed),
         learning_rate=phase.learning_rate,
         lr_scheduler_type=phase.scheduler,
         lr_scheduler_kwargs={"num_decay_steps": phase.steps // 3} if phase.scheduler == "warmup_stable_decay" else {},
         gradient_checkpointing=False,
         num_voco_tokens=list(phase.num_voco_tokens),
-        freeze=[],
+        two_stages=phase.videos,
+        freeze=["vision_tower"] if phase.videos else [],
         assistant_only_loss=True,
         max_length=None,
         pad_to_multiple_of=8,
@@ -347,6 +371,32 @@ def prepare_scenes(recipe: Recipe, work_dir: Path, num_proc: int | None) -> dict
             scenes.save_to_disk(work_dir / f"{split}.part")
             (work_dir / f"{split}.part").rename(work_dir / split)
     return {split: load_from_disk(work_dir / split) for split in splits}
+
+
+def prepare_videos(
+    recipe: Recipe, work_dir: Path, scenes: dict[str, Dataset], num_proc: int | None
+) -> dict[str, Dataset]:
+    """Makes the splits of a phase with videos, of as many images as videos, or loads them."""
+    numbers = {"train": recipe.num_train_clips, "validation": recipe.num_validation_scenes}
+    for split, number in numbers.items():
+        folder = work_dir / f"videos-{split}"
+        if not folder.exists():
+            clips = make_clips(split, number, seed=recipe.seed, num_proc=num_proc)
+            columns = ["images", "messages", "description"]
+            features = Features({column: clips.features[column] for column in columns})
+            images = scenes[split].select(range(min(number, len(scenes[split]))))
+            images = images.cast_column("image", Image(decode=False)).map(
+                lambda image: {"images": [image]},
+                input_columns="image",
+                num_proc=num_proc,
+                features=Features({**images.features, "image": Image(decode=False), "images": features["images"]}),
+            )
+            mixed = concatenate_datasets(
+                [clips.select_columns(columns), images.select_columns(columns).cast(features)]
+            )
+            mixed.shuffle(recipe.seed).save_to_disk(folder.with_suffix(".part"))
+            folder.with_suffix(".part").rename(folder)
+    return {split: load_from_disk(work_dir / f"videos-{split}") for split in numbers}
 
 
 def train(recipe: Recipe, work_dir: Path, num_proc: int | None = None, compile: bool = True) -> None:
@@ -385,9 +435,10 @@ def train(recipe: Recipe, work_dir: Path, num_proc: int | None = None, compile: 
             model = build_model(processor, recipe)
             model.load_state_dict(load_weights(previous))
             if compile:
-                compile_layers(model)
+                compile_layers(model, with_attention=not phase.videos)
             start = time.monotonic()
-            log = train_phase(model, processor, scenes, recipe, phase, work_dir)
+            data = prepare_videos(recipe, work_dir, scenes, num_proc) if phase.videos else scenes
+            log = train_phase(model, processor, data, recipe, phase, work_dir)
             summary = {"name": phase.name, "steps": phase.steps, "seconds": time.monotonic() - start, "log": log}
             save_phase(model, processor, summary, final)
         previous = final
@@ -403,10 +454,16 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles the layers of the language model and of the vision tower in place."""
-    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+def compile_layers(model: PreTrainedModel, with_attention: bool = True) -> None:
+    """
+    Compiles the layers of the language model and of the vision tower in place; `with_attention=False` for passes that
+    keep what attention computed in a cache, which is compiled anew for every layer.
+    """
+    for layer in model.model.vision_tower.encoder.layers:
         layer.compile(dynamic=True)
+    for layer in model.model.language_model.layers:
+        for part in (layer,) if with_attention else (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile(dynamic=True)
 
 
 def save_phase(model: PreTrainedModel, processor: VoCoLlamaProcessor, summary: dict, final: Path) -> None:
@@ -470,14 +527,20 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
     }
     for result in results.values():
         print_results(result)
+    videos = evaluate_videos(
+        model, processor, "test", recipe.token_counts, limit=recipe.num_test_clips, seed=recipe.seed
+    )
+    print_video_results(videos)
     summary = {
         "recipe": asdict(recipe),
         "num_parameters": model.num_parameters(),
         "train_seconds": round(sum(log["seconds"] for log in logs)),
         **{split: asdict(result) for split, result in results.items()},
+        "videos": asdict(videos),
     }
     (part / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_results(results["test"], part / "results.png")
+    plot_video_results(videos, part / "videos.png")
     plot_training(logs, part / "training.png")
     (part / "README.md").write_text(model_card(summary))
 

@@ -1,0 +1,138 @@
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from training.recipe import RECIPE
+
+from voco_llama_hf.training.moving_scenes import (
+    ABSENT_FRAMES,
+    BOX,
+    CHANCE,
+    NUM_FRAMES,
+    STILL,
+    TEMPORAL_FAMILIES,
+    blink_patterns,
+    make_clip,
+    make_clips,
+    sample_clip,
+)
+from voco_llama_hf.training.scenes import make_scenes
+from voco_llama_hf.training.tiny import build_model, build_processor
+from voco_llama_hf.training.video_evaluation import (
+    ALL_FRAMES,
+    ONE_FRAME,
+    OUT_OF_ORDER,
+    TEMPORAL,
+    chance,
+    choose_frames,
+    evaluate_videos,
+    plot_video_results,
+    print_video_results,
+)
+
+
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def difference(frame, other) -> int:
+    return int((np.asarray(frame, int) != np.asarray(other, int)).any(-1).sum())
+
+
+def test_a_clip_depends_on_its_arguments_alone():
+    row, again, other = make_clip("train", 3), make_clip("train", 3), make_clip("test", 3)
+    assert [frame.tobytes() for frame in row["images"]] == [frame.tobytes() for frame in again["images"]]
+    assert row["messages"] == again["messages"] != other["messages"]
+    assert len(row["images"]) == NUM_FRAMES and all(frame.size == (64, 64) for frame in row["images"])
+
+
+def test_rows_are_conversations_of_one_question_a_family():
+    for row in make_clips("validation", 30):
+        assert len(set(row["families"])) == len(row["families"]) >= 2
+        assert [turn["content"] for turn in row["messages"][::2]] == row["questions"]
+        assert [turn["content"] for turn in row["messages"][1::2]] == row["answers"]
+
+
+def test_guessing_without_the_order_of_frames_is_chance():
+    """Whatever is asked in the same words has all its answers equally often."""
+    answers = defaultdict(list)
+    for i in range(1500):
+        row = make_clip("train", i)
+        for family, question, answer in zip(row["families"], row["questions"], row["answers"], strict=True):
+            if family in ("order", "hiding"):
+                # The first that is named, or the second
+                answer = question.index(answer) < question.index(" or the ")
+            answers[family, question if family == "blinks" else question.split()[-3:].__str__()[:0]].append(answer)
+    for family in TEMPORAL_FAMILIES:
+        told = [answer for (name, _), values in answers.items() if name == family for answer in values]
+        shares = np.array([told.count(answer) for answer in set(told)]) / len(told)
+        expected = 1 / 4 if family == "direction" else CHANCE[family]
+        assert abs(shares - expected).max() < 0.07, family
+
+
+def test_a_blinking_object_is_away_equally_long_however_often_it_blinks():
+    for blinks in (1, 2, 3):
+        for away in blink_patterns(blinks):
+            gone = "".join("x" if i in away else "." for i in range(NUM_FRAMES))
+            assert len(away) == ABSENT_FRAMES and gone[0] == gone[-1] == "."
+            assert sum(run != "" for run in gone.split(".")) == blinks
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_objects_keep_apart_and_inside(seed):
+    clip = sample_clip(rng(seed))
+    for i in range(NUM_FRAMES):
+        boxes = [(*actor.path[i], *(actor.path[i] + actor.pixels)) for actor in clip.actors]
+        for n, (left, top, right, bottom) in enumerate(boxes):
+            assert left >= 0 and top >= 0 and right <= 64 and bottom <= 64
+            for other in boxes[:n]:
+                assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+        assert sum(i in actor.covered for actor in clip.actors) <= 1
+        assert sum(i not in actor.away for actor in clip.coming) <= 1
+
+
+def test_what_is_asked_about_is_seen():
+    """The frames, looked at as pixels, say what the answers say."""
+    seen = set()
+    for i in range(60):
+        row = make_clip("train", i)
+        asked = dict(zip(row["families"], row["answers"], strict=True))
+        frames = [np.asarray(frame, int) for frame in row["images"]]
+        if set(asked) <= {"hiding", "order", STILL}:
+            changed = [i for i in range(1, NUM_FRAMES) if difference(frames[i - 1], frames[i])]
+            assert 2 <= len(changed) <= 8
+            seen.add("nothing moves")
+        if "hiding" in asked:
+            covers = [(frame == BOX).all(-1).any() for frame in frames]
+            assert sum(covers) == 4
+            seen.add("hiding")
+        if "direction" in asked and "speed" in asked and "blinks" not in asked and len(asked) == 3:
+            steps = [difference(frames[i - 1], frames[i]) for i in range(1, NUM_FRAMES)]
+            assert (steps[-1] > steps[0]) == (asked["speed"] == "speed up")
+            seen.add("speed")
+    assert {"hiding", "nothing moves"} <= seen
+
+
+def test_frames_are_shown_in_order_one_or_out_of_order():
+    shown = choose_frames(50, seed=0)
+    assert shown[ALL_FRAMES][1] == list(range(NUM_FRAMES, 2 * NUM_FRAMES))
+    assert all(sorted(frames) == in_order for frames, in_order in zip(shown[OUT_OF_ORDER], shown[ALL_FRAMES]))
+    assert all(frame in in_order for (frame,), in_order in zip(shown[ONE_FRAME], shown[ALL_FRAMES]))
+    assert len({frame % NUM_FRAMES for (frame,) in shown[ONE_FRAME]}) == NUM_FRAMES
+
+
+def test_evaluation_of_a_model_that_knows_nothing(tmp_path):
+    processor = build_processor(make_scenes("train", 50))
+    model = build_model(processor, RECIPE).eval()
+    torch.manual_seed(0)
+    results = evaluate_videos(model, processor, "validation", (1, 2), limit=6, progress=False)
+    assert set(results.accuracy) == {"k=1", "k=2"}
+    assert set(results.accuracy["k=1"]) == {ALL_FRAMES, ONE_FRAME, OUT_OF_ORDER}
+    assert results.num_questions[TEMPORAL] == sum(results.num_questions[family] for family in TEMPORAL_FAMILIES)
+    assert 0 <= results.accuracy["k=2"][ALL_FRAMES][TEMPORAL] < 0.5
+    assert 1 / 3 <= chance(results)[TEMPORAL] <= 1 / 2
+    print_video_results(results)
+    plot_video_results(results, tmp_path / "plot.png")
+    results.save(tmp_path / "results.json")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
