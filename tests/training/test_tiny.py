@@ -125,9 +125,7 @@ def test_single_questions_are_tokenized_as_they_are_asked(processor, scenes):
 
 
 def test_videos_and_images_share_a_batch(processor, scenes):
-    phase = Phase(
-        "some", 1, 1e-3, "cosine", num_voco_tokens=(2,), questions=2, describe=True, single=True, videos=True
-    )
+    phase = Phase("some", 1, 1e-3, "cosine", (2,), questions=2, describe=True, single=True, videos=True)
     clips, clip = conversations(make_clips("train", 2), phase), make_clips("train", 2)[1]
     scene = conversations(scenes, replace(phase, videos=False))[0]
     batch = SingleQuestionCollator(processor, num_voco_tokens=2)([clips[1], scene])

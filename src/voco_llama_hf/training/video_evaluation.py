@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..modeling import VoCoCache
 from .evaluation import written_aside
 from .moving_scenes import CHANCE, NUM_FRAMES, STILL, TEMPORAL_FAMILIES, make_clips
-from .readers import MAX_ANSWER_TOKENS, decode_answers, make_prompts
+from .readers import decode_answers, make_prompts
 
 
+MAX_ANSWER_TOKENS = 16
 TEMPORAL = "temporal"  # all questions that one frame cannot answer
 ALL_FRAMES, ONE_FRAME, OUT_OF_ORDER = READINGS = ("all frames", "one frame", "out of order")
 GROUPS = (TEMPORAL, *TEMPORAL_FAMILIES, STILL)
