@@ -217,17 +217,20 @@ CHANCE = {"direction": 1 / 2, "speed": 1 / 2, "order": 1 / 2, "hiding": 1 / 2, "
 
 
 def describe(clip: Clip) -> str:
-    """All that happens, in one sentence."""
-    pairs = {" comes before ": clip.coming, " is hidden before ": clip.hidden}
-    told = [relation.join(actor.phrase for actor in actors) for relation, actors in pairs.items() if actors]
-    for actor in clip.actors:
-        if actor.direction:
-            told.append(f"{actor.phrase} moves {actor.direction}, {actor.change}")
-        elif actor.blinks:
-            told.append(f"{actor.phrase} blinks {actor.blinks}")
-        elif actor not in (*clip.coming, *clip.hidden):
-            told.append(f"{actor.phrase} stays")
-    return ", ".join(told)
+    """Every object frame by frame: where it is if it moves, and otherwise whether it is there, gone or hidden."""
+    return ", ".join(
+        f"{actor.phrase} {' '.join(_state(actor, i) for i in range(NUM_FRAMES))}" for actor in clip.actors
+    )
+
+
+def _state(actor: Actor, frame: int) -> str:
+    if actor.direction:
+        column, row = ((actor.path[frame] + actor.pixels / 2) // CELL).clip(max=GRID - 1).astype(int).tolist()
+        is_horizontal = actor.direction in DIRECTIONS["horizontal"]
+        return ("left", "middle", "right")[column] if is_horizontal else ("top", "middle", "bottom")[row]
+    if frame in actor.away:
+        return "gone"
+    return "hidden" if frame in actor.covered else "there"
 
 
 def make_clip(split: str, index: int, seed: int = 0) -> dict[str, object]:
