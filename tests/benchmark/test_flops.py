@@ -1,0 +1,76 @@
+"""Costs at the size of the paper's model, exact and without its weights."""
+
+import pytest
+import torch
+
+from voco_llama_hf.benchmark.flops import count_compression, count_costs
+from voco_llama_hf.benchmark.presets import PRESETS, build_model, tiny
+from voco_llama_hf.benchmark.question import FULL_CACHE, LIMIT, NO_CACHE, VOCO_CACHE, Question, fresh
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return count_costs(PRESETS["llava-1.5-7b"](), 1, 128, torch.bfloat16)
+
+
+def test_vicuna_keeps_half_a_mebibyte_a_token(costs):
+    assert costs[VOCO_CACHE].cache_bytes == 2**19
+    assert costs[FULL_CACHE].cache_bytes == 576 * 2**19
+    assert 1 - costs[VOCO_CACHE].cache_bytes / costs[FULL_CACHE].cache_bytes >= 0.998
+    assert costs[NO_CACHE].cache_bytes == costs[LIMIT].cache_bytes == 0
+
+
+def test_a_question_about_a_compressed_image_costs_what_text_does(costs):
+    assert costs[VOCO_CACHE].flops == pytest.approx(costs[LIMIT].flops, rel=0.01)
+    assert costs[VOCO_CACHE].flops < costs[FULL_CACHE].flops
+
+
+def test_flops_of_text_are_two_a_weight_and_token(costs):
+    """By hand: the weights of every layer for every token, the head for the last one, and attention."""
+    length, hidden, layers = 129, 4096, 32
+    weights = layers * (4 * hidden**2 + 3 * hidden * 11008)
+    attention = layers * 2 * 2 * length**2 * hidden
+    assert costs[LIMIT].flops == 2 * weights * length + 2 * hidden * 32064 + attention
+
+
+def test_pixels_cost_the_vision_tower_and_all_vision_tokens(costs):
+    """The reduction of the paper's Table 7 is 94.8 %, for a shorter question."""
+    assert costs[NO_CACHE].flops > (577 + 128) / 129 * costs[LIMIT].flops
+    short = count_costs(PRESETS["llava-1.5-7b"](), 1, 35, torch.bfloat16)
+    assert 1 - short[VOCO_CACHE].flops / short[NO_CACHE].flops >= 0.948
+
+
+def test_images_in_front_of_the_question_are_not_computed_again():
+    """A thousand of them add what the question's attention reads, and nothing else."""
+    config = PRESETS["llava-1.5-7b"]()
+    none, many = (count_costs(config, 1, 64, torch.bfloat16, num_images=number)[VOCO_CACHE] for number in (1, 1001))
+    assert many.flops - none.flops == pytest.approx(32 * 2 * 2 * 64 * 1000 * 4096, rel=1e-3)
+    assert many.cache_bytes == 1001 * 2**19
+
+
+def test_compression_costs_its_passes():
+    flops, bare = count_compression(PRESETS["llava-1.5-7b"](), 1, torch.bfloat16)
+    assert bare < flops <= 1.01 * bare
+
+
+def test_grouped_queries_keep_a_quarter():
+    costs = count_costs(PRESETS["llama-3-8b"](), 2, 64, torch.bfloat16)
+    assert costs[VOCO_CACHE].cache_bytes == 2 * 2**17
+
+
+@torch.no_grad()
+def test_counted_bytes_are_those_of_a_real_cache():
+    model = build_model(tiny(), "cpu", torch.float32)
+    size = model.config.vision_config.image_size
+    cache = model.compress(torch.randn(3, 3, size, size), 2)
+    assert count_costs(tiny(), 2, 8, torch.float32, num_images=3)[VOCO_CACHE].cache_bytes == cache.nbytes
+
+
+@pytest.mark.parametrize("way", [FULL_CACHE, VOCO_CACHE])
+def test_a_question_can_be_asked_again(way):
+    """Calls that are timed add no tokens to what the next one finds."""
+    question = Question(build_model(tiny(), "cpu", torch.float32), 2, 4, batch_size=2)
+    inputs, network = question.inputs(way), question.network(way)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    first, second = (network.generate(**fresh(inputs), **options) for _ in range(2))
+    assert torch.equal(first, second)
