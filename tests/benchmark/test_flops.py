@@ -34,10 +34,13 @@ def test_flops_of_text_are_two_a_weight_and_token(costs):
 
 
 def test_pixels_cost_the_vision_tower_and_all_vision_tokens(costs):
-    """The reduction of the paper's Table 7 is 94.8 %, for a shorter question."""
     assert costs[NO_CACHE].flops > (577 + 128) / 129 * costs[LIMIT].flops
-    short = count_costs(PRESETS["llava-1.5-7b"](), 1, 35, torch.bfloat16)
-    assert 1 - short[VOCO_CACHE].flops / short[NO_CACHE].flops >= 0.948
+
+
+def test_a_short_question_saves_what_the_paper_reports():
+    """Table 7: 94.8 %, with 9.6 T without a cache and 0.5 T with that of one VoCo token."""
+    costs = count_costs(PRESETS["llava-1.5-7b"](), 1, 32, torch.bfloat16)
+    assert 1 - costs[VOCO_CACHE].flops / costs[NO_CACHE].flops >= 0.948
 
 
 def test_images_in_front_of_the_question_are_not_computed_again():

@@ -7,16 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from .presets import build_model
-from .question import (
-    FULL_CACHE,
-    NO_CACHE,
-    VOCO_CACHE,
-    WAYS,
-    Question,
-    cache_bytes,
-    count_vision_tokens,
-    fresh,
-)
+from .question import FULL_CACHE, VOCO_CACHE, WAYS, Question, cache_bytes, count_vision_tokens, fresh
 
 
 @dataclass(frozen=True)
@@ -64,16 +55,16 @@ def count_compression(config: VoCoLlamaConfig, num_voco_tokens: int, dtype: torc
     with FlopCounterMode(display=False) as counter:
         model.compress(pixels, num_voco_tokens)
     with FlopCounterMode(display=False) as bare:
-        run_bare_passes(model, pixels, num_voco_tokens)
+        # Without a cache transformers looks at positions, which have no values here
+        run_bare_passes(model, pixels, num_voco_tokens, use_cache=True)
     return counter.get_total_flops(), bare.get_total_flops()
 
 
 @torch.no_grad()
-def run_bare_passes(model: VoCoLlamaForConditionalGeneration, pixels: torch.Tensor, num_voco_tokens: int) -> None:
+def run_bare_passes(
+    model: VoCoLlamaForConditionalGeneration, pixels: torch.Tensor, num_voco_tokens: int, use_cache: bool = False
+) -> None:
     """What compressing cannot do without: vision tower, projector, and one causal pass over V + k tokens."""
     vision = model.model.get_vision_features(pixels)
     voco = vision.new_zeros(len(vision), num_voco_tokens, vision.shape[-1])
-    model.model.language_model(inputs_embeds=torch.cat([vision, voco], dim=1), use_cache=False)
-
-
-__all__ = ["FULL_CACHE", "NO_CACHE", "VOCO_CACHE", "Cost", "count_compression", "count_costs", "run_bare_passes"]
+    model.model.language_model(inputs_embeds=torch.cat([vision, voco], dim=1), use_cache=use_cache)

@@ -71,10 +71,10 @@ class InjectionCache(Cache):
     Args:
         cache ([`~transformers.Cache`]):
             The cache that is filled.
-        front (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+        front (`list[torch.Tensor]`):
             Keys and values `(batch_size, num_columns, layers, key_value_heads, head_dim)` of columns in front of all
             text, which the pass leaves out.
-        among (`tuple[torch.Tensor, torch.Tensor]`):
+        among (`list[torch.Tensor]`):
             Keys and values `(num_tokens, layers, key_value_heads, head_dim)` that replace those of `<voco>` tokens of
             the pass.
         rows, columns (`torch.LongTensor` of shape `(num_tokens,)`):
@@ -84,16 +84,18 @@ class InjectionCache(Cache):
     def __init__(
         self,
         cache: Cache,
-        front: tuple[torch.Tensor, torch.Tensor] | None,
-        among: tuple[torch.Tensor, torch.Tensor],
+        front: list[torch.Tensor],
+        among: list[torch.Tensor],
         rows: torch.Tensor,
         columns: torch.Tensor,
     ):
         super().__init__(layers=cache.layers)
         self.cache = cache
-        self.front, self.among = front, among
+        self.num_front = front[0].shape[1]
+        # Views by layer are made at once: in a short pass every call from Python counts
+        self.front = [states.permute(2, 0, 3, 1, 4).unbind() for states in front]
+        self.among = [states.unbind(1) for states in among]
         self.rows, self.columns = rows, columns
-        self.num_front = 0 if front is None else front[0].shape[1]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         keys, values = self._inject(key_states, 0, layer_idx), self._inject(value_states, 1, layer_idx)
@@ -108,11 +110,10 @@ class InjectionCache(Cache):
     def _inject(self, states: torch.Tensor, kind: int, layer_idx: int) -> torch.Tensor:
         if len(self.rows) > 0:
             places = self.rows.to(states.device), self.columns.to(states.device)
-            by_token = states.transpose(1, 2).index_put(places, self.among[kind][:, layer_idx].to(states))
+            by_token = states.transpose(1, 2).index_put(places, self.among[kind][layer_idx].to(states))
             states = by_token.transpose(1, 2)
-        if self.front is not None:
-            front = self.front[kind][:, :, layer_idx].transpose(1, 2)
-            states = torch.cat([front.to(states), states], dim=2)
+        if self.num_front > 0:
+            states = torch.cat([self.front[kind][layer_idx].to(states), states], dim=2)
         return states
 
 
@@ -628,17 +629,12 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         num_front = self._count_front_columns(tokens, voco_mask.shape, attention_mask, kwargs)
         is_front = tokens[:, 1] < num_front
         front_tokens, other_tokens = (mask.nonzero().flatten().to(device) for mask in (is_front, ~is_front))
-        front = None
-        if num_front > 0:
-            places = token_rows[front_tokens], token_columns[front_tokens]
-            front = tuple(
-                place_tokens(select_tokens(part, front_tokens), *places, (batch_size, num_front))
-                for part in (keys, states[:, 1])
-            )
+        places = token_rows[front_tokens], token_columns[front_tokens]
+        kinds = keys, states[:, 1]
         injection = InjectionCache(
             cache,
-            front,
-            (select_tokens(keys, other_tokens), select_tokens(states[:, 1], other_tokens)),
+            [place_tokens(select_tokens(kind, front_tokens), *places, (batch_size, num_front)) for kind in kinds],
+            [select_tokens(kind, other_tokens) for kind in kinds],
             token_rows[other_tokens],
             token_columns[other_tokens] - num_front,
         )
@@ -831,11 +827,13 @@ def weights_state(model: torch.nn.Module) -> list[tuple[int, int]]:
     Address and version of every parameter, which tell whether weights have changed. It is asked for with every question
     about a compressed image, and `named_parameters` would take longer than anything else around the passes.
     """
-    modules = [model]
+    modules: list[torch.nn.Module | None] = [model]
+    parameters: list[torch.nn.Parameter | None] = []
     for module in modules:  # which grows meanwhile
-        modules.extend(child for child in module._modules.values() if child is not None)
-    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        if module is not None:
+            modules += module._modules.values()
+            parameters += module._parameters.values()
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters if p is not None]
 
 
 def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:
