@@ -16,8 +16,6 @@ from .options import Dtype, DtypeOption, ForceOption, ModelOption, check_output,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
-
 PLOT_FORMATS = (".pdf", ".png", ".svg")
 TABLE_WIDTH = 140
 
@@ -75,15 +73,15 @@ def benchmark(
     """
     if model is not None and preset is not None:
         raise UsageProblem("give --model or --preset, not both")
-    numbers = {
-        option: check_numbers(text, option)
-        for option, text in (
-            ("--num-voco-tokens", num_voco_tokens),
-            ("--batch-sizes", batch_sizes),
-            ("--images", images),
-            ("--compress-batch-sizes", compress_batch_sizes),
+    counts, sizes, many, compressed = (
+        check_numbers(text, option)
+        for text, option in (
+            (num_voco_tokens, "--num-voco-tokens"),
+            (batch_sizes, "--batch-sizes"),
+            (images, "--images"),
+            (compress_batch_sizes, "--compress-batch-sizes"),
         )
-    }
+    )
     for path in (output, markdown, plot):
         if path is not None:
             check_output(path, force)
@@ -92,17 +90,25 @@ def benchmark(
         if plot.suffix.lower() not in PLOT_FORMATS:
             raise UsageProblem(f"{plot} can be drawn as {', '.join(PLOT_FORMATS)} only")
 
+    import torch
     from rich.console import Console
 
     from voco_llama_hf.benchmark.report import make_sheets, plot_results
+    from voco_llama_hf.benchmark.results import about, count
+    from voco_llama_hf.benchmark.suite import NOT_MEASURED, Suite
 
     console = Console(width=max(Console().width, TABLE_WIDTH))
     with Console(stderr=True).status("Loading") as status:
-        results = run(
-            *(model, preset, device, dtype, prompt_tokens, new_tokens, rounds, cache is CacheKind.static),
-            *numbers.values(),
-            report=status.update,
-        )
+        name, network, config = build(model, preset, device, dtype, status.update)
+        run_in: torch.dtype = network.dtype if network is not None else getattr(torch, (dtype or Dtype.bfloat16).value)
+        results = about(name, network, run_in)
+        results |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
+        results |= count(config, counts, prompt_tokens, many, run_in, status.update)
+        results |= NOT_MEASURED
+        if network is not None:
+            static = cache is CacheKind.static
+            suite = Suite(network, counts[0], prompt_tokens, new_tokens, rounds, static, status.update)
+            results |= suite.run(sizes, many, compressed)
     sheets = make_sheets(results)
     for sheet in sheets:
         sheet.print(console)
@@ -112,51 +118,6 @@ def benchmark(
         write_aside(markdown, "\n\n".join(sheet.markdown() for sheet in sheets) + "\n")
     if plot is not None:
         plot_results(results, plot)
-
-
-def run(
-    model: str | None,
-    preset: Preset | None,
-    device: str | None,
-    dtype: Dtype | None,
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-    static: bool,
-    num_voco_tokens: list[int],
-    batch_sizes: list[int],
-    images: list[int],
-    compress_batch_sizes: list[int],
-    report: Callable[[str], None],
-) -> dict[str, Any]:
-    """Counts, and measures on every device but meta."""
-    import torch
-
-    from voco_llama_hf.benchmark.results import about, count
-    from voco_llama_hf.benchmark.suite import Suite
-
-    name, network, config = build(model, preset, device, dtype, report)
-    torch_dtype: torch.dtype = network.dtype if network is not None else getattr(torch, (dtype or Dtype.bfloat16).value)
-    results = about(name, network, torch_dtype)
-    results |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
-    results |= count(config, num_voco_tokens, prompt_tokens, images, torch_dtype, report)
-    measured: dict[str, Any] = {
-        name: [] for name in ("first_token", "decoding", "largest_batches", "compression", "many_images")
-    }
-    results |= measured
-    if network is None:
-        return results
-    suite = Suite(network, num_voco_tokens[0], prompt_tokens, new_tokens, rounds, static, report)
-    results["weight_reading"] = suite.weight_reading()
-    for size in batch_sizes:
-        measured["first_token"] += suite.first_tokens(size)
-        measured["decoding"] += suite.decoding(size)
-    measured["largest_batches"] += suite.largest_batches(max(batch_sizes))
-    for size in compress_batch_sizes:
-        measured["compression"] += suite.compression(size)
-    for number in images:
-        measured["many_images"] += suite.many_images(number)
-    return results
 
 
 def build(

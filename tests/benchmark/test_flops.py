@@ -3,14 +3,19 @@
 import pytest
 import torch
 
-from voco_llama_hf.benchmark.flops import count_compression, count_costs
+from voco_llama_hf.benchmark.flops import count_compression, count_costs, make_meta_networks
 from voco_llama_hf.benchmark.presets import PRESETS, build_model, tiny
-from voco_llama_hf.benchmark.question import FULL_CACHE, LIMIT, NO_CACHE, VOCO_CACHE, Question, fresh
+from voco_llama_hf.benchmark.question import FULL_CACHE, LIMIT, NO_CACHE, VOCO_CACHE, Question, fresh, make_networks
 
 
 @pytest.fixture(scope="module")
-def costs():
-    return count_costs(PRESETS["llava-1.5-7b"](), 1, 128, torch.bfloat16)
+def networks():
+    return make_meta_networks(PRESETS["llava-1.5-7b"](), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def costs(networks):
+    return count_costs(networks, 1, 128)
 
 
 def test_vicuna_keeps_half_a_mebibyte_a_token(costs):
@@ -37,27 +42,26 @@ def test_pixels_cost_the_vision_tower_and_all_vision_tokens(costs):
     assert costs[NO_CACHE].flops > (577 + 128) / 129 * costs[LIMIT].flops
 
 
-def test_a_short_question_saves_what_the_paper_reports():
+def test_a_short_question_saves_what_the_paper_reports(networks):
     """Table 7: 94.8 %, with 9.6 T without a cache and 0.5 T with that of one VoCo token."""
-    costs = count_costs(PRESETS["llava-1.5-7b"](), 1, 32, torch.bfloat16)
+    costs = count_costs(networks, 1, 32)
     assert 1 - costs[VOCO_CACHE].flops / costs[NO_CACHE].flops >= 0.948
 
 
-def test_images_in_front_of_the_question_are_not_computed_again():
+def test_images_in_front_of_the_question_are_not_computed_again(networks):
     """A thousand of them add what the question's attention reads, and nothing else."""
-    config = PRESETS["llava-1.5-7b"]()
-    none, many = (count_costs(config, 1, 64, torch.bfloat16, num_images=number)[VOCO_CACHE] for number in (1, 1001))
-    assert many.flops - none.flops == pytest.approx(32 * 2 * 2 * 64 * 1000 * 4096, rel=1e-3)
+    one, many = (count_costs(networks, 1, 64, num_images=number)[VOCO_CACHE] for number in (1, 1001))
+    assert many.flops - one.flops == pytest.approx(32 * 2 * 2 * 64 * 1000 * 4096, rel=1e-3)
     assert many.cache_bytes == 1001 * 2**19
 
 
-def test_compression_costs_its_passes():
-    flops, bare = count_compression(PRESETS["llava-1.5-7b"](), 1, torch.bfloat16)
+def test_compression_costs_its_passes(networks):
+    flops, bare = count_compression(networks, 1)
     assert bare < flops <= 1.01 * bare
 
 
 def test_grouped_queries_keep_a_quarter():
-    costs = count_costs(PRESETS["llama-3-8b"](), 2, 64, torch.bfloat16)
+    costs = count_costs(make_meta_networks(PRESETS["llama-3-8b"](), torch.bfloat16), 2, 64)
     assert costs[VOCO_CACHE].cache_bytes == 2 * 2**17
 
 
@@ -66,14 +70,15 @@ def test_counted_bytes_are_those_of_a_real_cache():
     model = build_model(tiny(), "cpu", torch.float32)
     size = model.config.vision_config.image_size
     cache = model.compress(torch.randn(3, 3, size, size), 2)
-    assert count_costs(tiny(), 2, 8, torch.float32, num_images=3)[VOCO_CACHE].cache_bytes == cache.nbytes
+    networks = make_meta_networks(tiny(), torch.float32)
+    assert count_costs(networks, 2, 8, num_images=3)[VOCO_CACHE].cache_bytes == cache.nbytes
 
 
 @pytest.mark.parametrize("way", [FULL_CACHE, VOCO_CACHE])
 def test_a_question_can_be_asked_again(way):
     """Calls that are timed add no tokens to what the next one finds."""
-    question = Question(build_model(tiny(), "cpu", torch.float32), 2, 4, batch_size=2)
-    inputs, network = question.inputs(way), question.network(way)
+    networks = make_networks(build_model(tiny(), "cpu", torch.float32))
+    inputs, network = Question(networks, 2, 4, batch_size=2).inputs(way), networks[way]
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     first, second = (network.generate(**fresh(inputs), **options) for _ in range(2))
     assert torch.equal(first, second)

@@ -1,9 +1,9 @@
-"""Times and memory of calls. Calls that are compared take turns, so that whatever else a machine does meets them all."""
+"""Times and memory of calls. Calls that are compared take turns: whatever else a machine does meets them all."""
 
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def alternate(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
     report: Callable[[str], None] = lambda text: None,

@@ -1,6 +1,7 @@
 """Models to measure: the shapes of well-known checkpoints. Random weights cost what trained ones do."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -9,7 +10,7 @@ from .. import EMBEDDED_CHECKPOINT
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 
 
-CLIP_LARGE_336 = {
+CLIP_LARGE_336: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,

@@ -16,8 +16,14 @@ NO_CACHE, FULL_CACHE, VOCO_CACHE, LIMIT = "no cache", "full cache", "VoCo cache"
 WAYS = (NO_CACHE, FULL_CACHE, VOCO_CACHE, LIMIT)
 
 
+def make_networks(model: VoCoLlamaForConditionalGeneration) -> dict[str, Any]:
+    """The model that is asked, by way of asking. All of them share the weights of one."""
+    llava = as_llava(model)
+    return {NO_CACHE: llava, FULL_CACHE: llava, VOCO_CACHE: model, LIMIT: as_text_model(model)}
+
+
 def as_text_model(model: VoCoLlamaForConditionalGeneration) -> PreTrainedModel:
-    """The language model alone, as transformers has it; the weights are shared."""
+    """The language model alone, as transformers has it."""
     with torch.device("meta"):
         text_model: Any = AutoModelForCausalLM.from_config(model.config.text_config)
     text_model.model = model.model.language_model
@@ -28,7 +34,7 @@ def as_text_model(model: VoCoLlamaForConditionalGeneration) -> PreTrainedModel:
 
 def count_vision_tokens(config: VoCoLlamaConfig) -> int:
     """Vision tokens of an image."""
-    vision = config.vision_config
+    vision: Any = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     has_class_token = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
     return patches + has_class_token
@@ -36,7 +42,8 @@ def count_vision_tokens(config: VoCoLlamaConfig) -> int:
 
 def cache_bytes(config: VoCoLlamaConfig, num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of a number of tokens."""
-    layers, heads, head_dim = key_value_shape(config.text_config)
+    text_config: Any = config.text_config
+    layers, heads, head_dim = key_value_shape(text_config)
     return 2 * layers * heads * head_dim * num_tokens * dtype.itemsize
 
 
@@ -46,8 +53,8 @@ class Question:
     A prompt of random text behind images, for each way of asking.
 
     Args:
-        model ([`VoCoLlamaForConditionalGeneration`]):
-            Whose weights all ways use.
+        networks (`dict[str, PreTrainedModel]`):
+            What [`make_networks`] returned.
         num_voco_tokens, prompt_tokens (`int`):
             Tokens an image, and of text.
         batch_size (`int`, *optional*, defaults to 1):
@@ -56,23 +63,30 @@ class Question:
             Images of a row.
     """
 
-    model: VoCoLlamaForConditionalGeneration
+    networks: dict[str, Any]
     num_voco_tokens: int
     prompt_tokens: int
     batch_size: int = 1
     num_images: int = 1
+
+    @property
+    def model(self) -> VoCoLlamaForConditionalGeneration:
+        return self.networks[VOCO_CACHE]
 
     def inputs(self, way: str) -> dict[str, Any]:
         """
         What `generate` takes. Images are compressed, or in the cache, already; what they hold does not change the cost
         and is random. Token ids are on the CPU.
         """
-        image_tokens = self.num_images * {
-            NO_CACHE: count_vision_tokens(self.model.config),
-            FULL_CACHE: 0,
-            VOCO_CACHE: self.num_voco_tokens,
-            LIMIT: self.num_voco_tokens,
-        }[way]
+        image_tokens = (
+            self.num_images
+            * {
+                NO_CACHE: count_vision_tokens(self.model.config),
+                FULL_CACHE: 0,
+                VOCO_CACHE: self.num_voco_tokens,
+                LIMIT: self.num_voco_tokens,
+            }[way]
+        )
         prefix = self.model.config.vision_prefix_token_ids if way == NO_CACHE else []
         filler = 3 if way == LIMIT else self.model.config.voco_token_id
         generator = torch.Generator().manual_seed(0)
@@ -92,12 +106,6 @@ class Question:
         past = inputs["past_key_values"].get_seq_length() if way == FULL_CACHE else 0
         inputs["attention_mask"] = torch.ones(self.batch_size, past + inputs["input_ids"].shape[1], dtype=torch.long)
         return inputs
-
-    def network(self, way: str) -> Any:
-        """The model that is asked."""
-        if way == VOCO_CACHE:
-            return self.model
-        return as_text_model(self.model) if way == LIMIT else as_llava(self.model)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.model.device, dtype=self.model.dtype)

@@ -96,13 +96,22 @@ def first_token_sheet(results: dict[str, Any], batch_size: int, cache: str) -> S
                 NOT_MEASURED if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**30:.2f} GiB",
             ]
         )
-    headings = ["", "first token", "against text only", "processor time", "kernel time", "against no cache", "peak memory"]
+    headings = [
+        "",
+        "first token",
+        "against text only",
+        "processor",
+        "kernel time",
+        "against no cache",
+        "peak memory",
+    ]
     title = f"Time to first token, batch of {batch_size}, {cache} cache, {about_run(results)}"
     return Sheet(title, headings, rows)
 
 
 def decoding_sheet(results: dict[str, Any]) -> Sheet:
     rows = []
+    reading = results["weight_reading"]
     for record in results["decoding"]:
         speed, peak = record["tokens_per_second"], record["peak_bytes"]
         rows.append(
@@ -110,14 +119,15 @@ def decoding_sheet(results: dict[str, Any]) -> Sheet:
                 f"{record['way']}, {record['cache']}",
                 str(record["batch_size"]),
                 "lost in noise" if speed is None else f"{speed:,.1f}",
+                "-" if speed is None else f"{record['batch_size'] / speed / reading['seconds']:.2f}x",
                 NOT_MEASURED if peak is None else f"{peak / 2**30:.2f} GiB",
             ]
         )
     for record in results["largest_batches"]:
-        rows.append([f"{record['way']}, {record['cache']}", f"{record['batch_size']} (the largest)", "", ""])
-    reading = results["weight_reading"]
+        rows.append([f"{record['way']}, {record['cache']}", f"{record['batch_size']} (the largest)", "", "", ""])
     title = f"Decoding, {about_run(results)}; reading the weights once takes {1e3 * reading['seconds']:.1f} ms"
-    return Sheet(title, ["", "batch", "tokens/s", "peak memory"], rows)
+    headings = ["", "batch", "tokens/s", "a step against reading the weights", "peak memory"]
+    return Sheet(title, headings, rows)
 
 
 def compression_sheet(results: dict[str, Any]) -> Sheet:
@@ -184,6 +194,9 @@ def plot_results(results: dict[str, Any], path: Path) -> None:
     memory.set(title="weights and cache, counted", xlabel="images in the prompt", ylabel="GiB")
     for panel in (flops, memory):
         panel.set(xscale="log", yscale="log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter("")
         panel.legend(frameon=False)
     for panel in (bars, flops, memory):
         panel.spines[["top", "right"]].set_visible(False)
@@ -215,12 +228,12 @@ def plot_reductions(results: dict[str, Any], panel: Any) -> None:
     here.append(100 * (1 - costs[VOCO_CACHE]["cache_bytes"] / costs[FULL_CACHE]["cache_bytes"]))
     for place, (value, reported) in enumerate(zip(here, paper, strict=True)):
         panel.barh(place + 0.2, reported, 0.38, color="0.75", label="paper, Table 7" if place == 0 else None)
-        panel.annotate(f"{reported:.1f}", (reported, place + 0.2), va="center", fontsize=8)
+        panel.annotate(f"{reported:.1f}", (reported + 1, place + 0.2), va="center", fontsize=8)
         if value is None:
             panel.annotate(NOT_MEASURED, (1, place - 0.2), va="center", fontsize=8, color="0.4")
         else:
             panel.barh(place - 0.2, value, 0.38, color="tab:blue", label="here" if place == 0 else None)
-            panel.annotate(f"{value:.1f}", (value, place - 0.2), va="center", fontsize=8)
+            panel.annotate(f"{value:.1f}", (value + 1, place - 0.2), va="center", fontsize=8)
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
     panel.set(xlim=(0, 115), xlabel="%", title="less than without a cache")

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from .flops import build_meta_model, count_compression, count_costs
+from .flops import count_compression, count_costs, make_meta_networks
 from .question import FULL_CACHE, VOCO_CACHE
 
 
@@ -51,18 +51,18 @@ def count(
 ) -> dict[str, Any]:
     """Costs on shapes alone: of one question, of compressing, and of many images."""
     report("Counting FLOPs and bytes")
-    costs = {str(k): count_costs(config, k, prompt_tokens, dtype) for k in num_voco_tokens}
-    compression = {str(k): count_compression(config, k, dtype) for k in num_voco_tokens}
+    networks = make_meta_networks(config, dtype)
+    costs = {str(k): count_costs(networks, k, prompt_tokens) for k in num_voco_tokens}
+    compression = {str(k): count_compression(networks, k) for k in num_voco_tokens}
     many = []
     for number in images:
         report(f"Counting FLOPs and bytes of {number:,} images")
-        counted = count_costs(config, num_voco_tokens[0], prompt_tokens, dtype, number)
+        counted = count_costs(networks, num_voco_tokens[0], prompt_tokens, number)
         many.append({"num_images": number, **{way: asdict(counted[way]) for way in (FULL_CACHE, VOCO_CACHE)}})
-    weights = build_meta_model(config, dtype).parameters()
     return {
         "num_voco_tokens": num_voco_tokens,
         "costs": {k: {way: asdict(cost) for way, cost in by_way.items()} for k, by_way in costs.items()},
         "compression_flops": {k: {"compress": ours, "bare passes": bare} for k, (ours, bare) in compression.items()},
         "many_images_costs": many,
-        "weight_bytes": sum(weight.nbytes for weight in weights),
+        "weight_bytes": sum(weight.nbytes for weight in networks[VOCO_CACHE].parameters()),
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,30 @@ from .measure import (
     runs_on_gpu,
     synchronize,
 )
-from .question import FULL_CACHE, LIMIT, VOCO_CACHE, WAYS, Question, cache_bytes, count_vision_tokens, fresh
+from .question import (
+    FULL_CACHE,
+    LIMIT,
+    VOCO_CACHE,
+    WAYS,
+    Question,
+    cache_bytes,
+    count_vision_tokens,
+    fresh,
+    make_networks,
+)
 
 
 Record = dict[str, Any]
 Report = Callable[[str], None]
 BARE_PASSES, COMPRESS = "bare passes", "compress"
+NOT_MEASURED: Record = {
+    "weight_reading": None,
+    "first_token": [],
+    "decoding": [],
+    "largest_batches": [],
+    "compression": [],
+    "many_images": [],
+}
 # Keys and values of a full cache exist twice while a token is appended to them
 COPIES = 2.5
 
@@ -56,6 +75,20 @@ class Suite:
     rounds: int
     static: bool
     report: Report
+
+    def __post_init__(self) -> None:
+        self._networks = make_networks(self.model)
+
+    def run(self, batch_sizes: list[int], images: list[int], compress_batch_sizes: list[int]) -> Record:
+        """All measurements, as the file of results has them."""
+        return {
+            "weight_reading": self.weight_reading(),
+            "first_token": [record for size in batch_sizes for record in self.first_tokens(size)],
+            "decoding": [record for size in batch_sizes for record in self.decoding(size)],
+            "largest_batches": self.largest_batches(max(batch_sizes)),
+            "compression": [record for size in compress_batch_sizes for record in self.compression(size)],
+            "many_images": [record for number in images for record in self.many_images(number)],
+        }
 
     @property
     def device(self) -> torch.device:
@@ -112,10 +145,7 @@ class Suite:
             if way not in self.ways:
                 continue
             self.report(f"Largest batch, {way}")
-            largest = find_largest(
-                lambda size, way=way: runs_on_gpu(lambda: self._ask(way, size, self.new_tokens)()), start
-            )
-            records.append(self._settings(largest, way))
+            records.append(self._settings(find_largest(partial(self._runs, way), start), way))
         return records
 
     def weight_reading(self) -> Record:
@@ -162,6 +192,10 @@ class Suite:
             for way, timing in timings.items()
         ]
 
+    def _runs(self, way: str, batch_size: int) -> bool:
+        """Whether a batch ends before the memory of a GPU does."""
+        return runs_on_gpu(lambda: self._ask(way, batch_size, self.new_tokens)())
+
     def _settings(self, batch_size: int, way: str) -> Record:
         return {"way": way, "batch_size": batch_size, "cache": "static" if self.static else "dynamic"}
 
@@ -173,8 +207,8 @@ class Suite:
         return [way for way in self.ways if way in small or full < free_bytes(self.device)]
 
     def _ask(self, way: str, batch_size: int, new_tokens: int, num_images: int = 1) -> Callable[[], torch.Tensor]:
-        question = Question(self.model, self.num_voco_tokens, self.prompt_tokens, batch_size, num_images)
-        network = question.network(way)
+        question = Question(self._networks, self.num_voco_tokens, self.prompt_tokens, batch_size, num_images)
+        network = self._networks[way]
         inputs = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in question.inputs(way).items()
@@ -194,8 +228,8 @@ class Suite:
 
 
 def compile_config() -> CompileConfig:
-    """Compiled decoding as `generate` has it on a GPU, on a CPU too."""
-    config = CompileConfig() if torch.cuda.is_available() else CompileConfig(mode=None)
+    """Compiled decoding as `generate` has it on a GPU, on a CPU too, which has no graphs to capture."""
+    config: Any = CompileConfig() if torch.cuda.is_available() else CompileConfig(mode="default")
     config._compile_all_devices = True
     return config
 

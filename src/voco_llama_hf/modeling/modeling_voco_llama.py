@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -98,23 +99,28 @@ class InjectionCache(Cache):
         self.rows, self.columns = rows, columns
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        keys, values = self._inject(key_states, 0, layer_idx), self._inject(value_states, 1, layer_idx)
-        return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        states = [key_states, value_states]
+        if len(self.rows) > 0:
+            places = self.rows.to(key_states.device), self.columns.to(key_states.device)
+            for kind, among in enumerate(self.among):
+                by_token = states[kind].transpose(1, 2).index_put(places, among[layer_idx].to(key_states))
+                states[kind] = by_token.transpose(1, 2)
+        if self.num_front > 0:
+            front = [kind[layer_idx].to(key_states) for kind in self.front]
+            layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                # What it holds it copies with every update anyway
+                layer.lazy_initialization(*front)
+                layer.keys, layer.values = front
+            else:
+                states = [torch.cat(parts, dim=2) for parts in zip(front, states)]
+        return self.cache.update(states[0], states[1], layer_idx, *args, **kwargs)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.cache.get_query_offset(layer_idx) + self.num_front
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.cache.get_mask_sizes(query_length + self.num_front, layer_idx)
-
-    def _inject(self, states: torch.Tensor, kind: int, layer_idx: int) -> torch.Tensor:
-        if len(self.rows) > 0:
-            places = self.rows.to(states.device), self.columns.to(states.device)
-            by_token = states.transpose(1, 2).index_put(places, self.among[kind][layer_idx].to(states))
-            states = by_token.transpose(1, 2)
-        if self.num_front > 0:
-            states = torch.cat([self.front[kind][layer_idx].to(states), states], dim=2)
-        return states
 
 
 class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
@@ -665,9 +671,11 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     ) -> int:
         """Columns of a pass that hold nothing but images, or padding, in every row, in front of all others."""
         config = self.config.text_config
-        records = (arguments.get(name, getattr(config, name)) for name in ("output_attentions", "output_hidden_states"))
+        records_layers = arguments.get("output_attentions", config.output_attentions) or arguments.get(
+            "output_hidden_states", config.output_hidden_states
+        )
         is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
-        if any(records) or not is_plain:
+        if records_layers or not is_plain:
             return 0
         is_text = torch.ones(shape, dtype=torch.bool)
         is_text[tokens[:, 0], tokens[:, 1]] = False
@@ -816,7 +824,7 @@ def select_tokens(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def place_tokens(
     states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """`(batch_size, num_columns, ...)` with states of tokens at their places and zeros elsewhere; copies if need be."""
+    """`(batch_size, num_columns, ...)`: states of tokens at their places, zeros elsewhere; a view if nothing is."""
     if len(states) == shape[0] * shape[1]:
         return states.unflatten(0, shape)
     return states.new_zeros(*shape, *states.shape[1:]).index_put((rows, columns), states)
@@ -824,8 +832,8 @@ def place_tokens(
 
 def weights_state(model: torch.nn.Module) -> list[tuple[int, int]]:
     """
-    Address and version of every parameter, which tell whether weights have changed. It is asked for with every question
-    about a compressed image, and `named_parameters` would take longer than anything else around the passes.
+    Address and version of every parameter, which tell whether weights have changed. Every question about a compressed
+    image asks for them, and `named_parameters` would take longer than anything else around the passes.
     """
     modules: list[torch.nn.Module | None] = [model]
     parameters: list[torch.nn.Parameter | None] = []
