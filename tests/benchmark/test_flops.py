@@ -5,7 +5,16 @@ import torch
 
 from voco_llama_hf.benchmark.flops import count_compression, count_costs, make_meta_networks
 from voco_llama_hf.benchmark.presets import PRESETS, build_model, tiny
-from voco_llama_hf.benchmark.question import FULL_CACHE, LIMIT, NO_CACHE, VOCO_CACHE, Question, fresh, make_networks
+from voco_llama_hf.benchmark.question import (
+    FULL_CACHE,
+    LIMIT,
+    NO_CACHE,
+    VOCO_CACHE,
+    WAYS,
+    Question,
+    fresh,
+    make_networks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +83,11 @@ def test_counted_bytes_are_those_of_a_real_cache():
     assert count_costs(networks, 2, 8, num_images=3)[VOCO_CACHE].cache_bytes == cache.nbytes
 
 
-@pytest.mark.parametrize("way", [FULL_CACHE, VOCO_CACHE])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_question_can_be_asked_again(way):
     """Calls that are timed add no tokens to what the next one finds."""
     networks = make_networks(build_model(tiny(), "cpu", torch.float32))
-    inputs, network = Question(networks, 2, 4, batch_size=2).inputs(way), networks[way]
+    inputs, network = Question(networks, 2, 128, batch_size=2).inputs(way), networks[way]
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     first, second = (network.generate(**fresh(inputs), **options) for _ in range(2))
     assert torch.equal(first, second)

@@ -88,12 +88,13 @@ class Question:
             }[way]
         )
         prefix = self.model.config.vision_prefix_token_ids if way == NO_CACHE else []
-        filler = 3 if way == LIMIT else self.model.config.voco_token_id
-        generator = torch.Generator().manual_seed(0)
+        voco = self.model.config.voco_token_id
+        ordinary = 4 if voco == 3 else 3
+        text = torch.randint(3, 100, (self.batch_size, self.prompt_tokens), generator=torch.Generator().manual_seed(0))
         rows = [
             torch.tensor(prefix, dtype=torch.long).expand(self.batch_size, -1),
-            torch.full((self.batch_size, image_tokens), filler),
-            torch.randint(3, 100, (self.batch_size, self.prompt_tokens), generator=generator),
+            torch.full((self.batch_size, image_tokens), ordinary if way == LIMIT else voco),
+            text.masked_fill(text == voco, ordinary),
         ]
         inputs: dict[str, Any] = {"input_ids": torch.cat(rows, dim=1)}
         if way == NO_CACHE:
