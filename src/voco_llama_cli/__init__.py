@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .ask import ask
+from .benchmark import benchmark
 from .compress import compress
 from .convert import convert
 from .errors import OneLineErrors
@@ -37,6 +38,7 @@ def main(
 
 
 app.command()(ask)
+app.command()(benchmark)
 app.command()(compress)
 app.command()(convert)
 app.command(cls=Evaluate)(evaluate)
