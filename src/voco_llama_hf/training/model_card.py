@@ -1,0 +1,93 @@
+"""What a trainer knows of its own run, for the model card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
+from peft import PeftModel
+
+from ..hub import eval_result, make_card
+from ..hub.card import save_card
+from .distillation import bare
+
+
+EVALUATED = {"eval_loss": ("loss", 1), "eval_mean_token_accuracy": ("token_accuracy", 100)}
+
+
+def write_training_card(
+    trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]
+) -> Path:
+    """Writes the card of what [`VoCoSFTTrainer`] trains to its output folder, or refreshes the one that is there."""
+    args, config = trainer.args, bare(trainer.model).config
+    folder = Path(args.output_dir)
+    path = folder / REPOCARD_NAME
+    base_model = config._name_or_path
+    if not base_model or os.path.isdir(base_model):
+        base_model = None
+    is_hub_dataset = dataset_name is not None and not os.path.exists(dataset_name) and "/" in dataset_name
+    card = make_card(
+        config,
+        trainer.processing_class,
+        trainer.hub_model_id or args.output_dir,
+        ModelCard.load(path) if path.is_file() else None,
+        name=model_name or folder.absolute().name,
+        base_model=base_model,
+        base_model_relation="adapter" if isinstance(trainer.model, PeftModel) else "finetune",
+        datasets=[dataset_name] if is_hub_dataset else [],
+        tags=tags,
+        eval_results=training_results(trainer, dataset_name),
+        training=training_text(trainer),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return save_card(card, folder)
+
+
+def training_results(trainer: Any, dataset_name: str | None) -> list[EvalResult]:
+    """Figures of the last evaluation on the data that are named."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
+    # An evaluation reads with the first choice
+    return [
+        eval_result(dataset_name, metric, scale * last[key], choices[0] or None, split="eval")
+        for key, (metric, scale) in EVALUATED.items()
+        if key in last and dataset_name is not None
+    ]
+
+
+def training_text(trainer: Any) -> str:
+    """Markdown: a table of how it was trained and what came out."""
+    args, state = trainer.args, trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    choices = args.num_voco_tokens
+    rows = {
+        "method": "supervised fine-tuning under the VoCo mask ([TRL](https://github.com/huggingface/trl)'s `SFTTrainer`)",
+        "adapters": trainer.model.peft_config["default"].peft_type.value if isinstance(trainer.model, PeftModel) else None,
+        "VoCo tokens, drawn for every step": choices and ", ".join("uncompressed" if k == 0 else str(k) for k in choices),
+        "distillation": f"weight {args.distillation_weight}, teacher `{args.teacher}`" if args.distillation_weight else None,
+        "not trained": ", ".join(f"`{name}`" for name in args.freeze) or None,
+        "steps": f"{state.global_step:,}",
+        "epochs": f"{state.epoch:.2f}" if state.epoch else None,
+        "examples a step": f"{batch_size:,}",
+        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        "training loss, last logged": f"{losses[-1]:.4f}" if losses else None,
+        "evaluation loss": f"{evaluated[-1]['eval_loss']:.4f}" if evaluated else None,
+        "hardware": hardware(args),
+        "versions": f"transformers {transformers.__version__}, TRL {trl.__version__}, PyTorch {torch.__version__}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def hardware(args: Any) -> str:
+    """What the run was trained on."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    return f"{args.world_size} x {name}"
