@@ -63,7 +63,7 @@ def scenes_eval_results(results: dict[str, Any]) -> list[EvalResult]:
         for difficulty, families in scores.items():
 
             def figure(metric: str, share: float, config: str = difficulty, k: int | None = k) -> EvalResult:
-                return eval_result(SCENES, metric, round(100 * share, 2), k, config, results["split"])
+                return eval_result(SCENES, metric, 100 * share, k, config, results["split"])
 
             seen = families["all"]
             figures.append(figure("exact_match", seen))

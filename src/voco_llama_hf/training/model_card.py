@@ -21,9 +21,7 @@ from .distillation import bare
 EVALUATED = {"eval_loss": ("loss", 1), "eval_mean_token_accuracy": ("token_accuracy", 100)}
 
 
-def write_training_card(
-    trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]
-) -> Path:
+def write_training_card(trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]) -> Path:
     """Writes the card of what [`VoCoSFTTrainer`] trains to its output folder, or refreshes the one that is there."""
     args, config = trainer.args, bare(trainer.model).config
     folder = Path(args.output_dir)
@@ -67,17 +65,19 @@ def training_text(trainer: Any) -> str:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    choices = args.num_voco_tokens
+    choices = [str(k or "uncompressed") for k in args.num_voco_tokens or []]
+    adapters = trainer.model.peft_config["default"].peft_type.value if isinstance(trainer.model, PeftModel) else None
+    distillation = f"weight {args.distillation_weight}, teacher `{args.teacher}`" if args.distillation_weight else None
     rows = {
-        "method": "supervised fine-tuning under the VoCo mask ([TRL](https://github.com/huggingface/trl)'s `SFTTrainer`)",
-        "adapters": trainer.model.peft_config["default"].peft_type.value if isinstance(trainer.model, PeftModel) else None,
-        "VoCo tokens, drawn for every step": choices and ", ".join("uncompressed" if k == 0 else str(k) for k in choices),
-        "distillation": f"weight {args.distillation_weight}, teacher `{args.teacher}`" if args.distillation_weight else None,
+        "method": "supervised fine-tuning under the VoCo mask, with [TRL](https://github.com/huggingface/trl)",
+        "adapters": adapters,
+        "VoCo tokens, drawn for every step": ", ".join(choices) or None,
+        "distillation": distillation,
         "not trained": ", ".join(f"`{name}`" for name in args.freeze) or None,
         "steps": f"{state.global_step:,}",
         "epochs": f"{state.epoch:.2f}" if state.epoch else None,
         "examples a step": f"{batch_size:,}",
-        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "training loss, last logged": f"{losses[-1]:.4f}" if losses else None,
         "evaluation loss": f"{evaluated[-1]['eval_loss']:.4f}" if evaluated else None,
         "hardware": hardware(args),
