@@ -13,6 +13,7 @@ from .evaluate import Evaluate, evaluate
 from .export import app as export_app
 from .index import index
 from .push import push
+from .serve import serve
 from .store import store_app
 from .train import PASS_ON, train
 
@@ -46,5 +47,6 @@ app.command(cls=Evaluate)(evaluate)
 app.add_typer(export_app, name="export")
 app.command()(index)
 app.command()(push)
+app.command()(serve)
 app.add_typer(store_app, name="store")
 app.command(context_settings=PASS_ON)(train)
