@@ -25,11 +25,9 @@ def serve(
     model_id: Annotated[str | None, typer.Option(help="What clients call the model. By default its name.")] = None,
     store: Annotated[
         Path | None,
-        typer.Option("--store", "-s", help="Keep compressed images in this store of voco-llama index too."),
+        typer.Option("--store", "-s", help="Keep compressed images in this store as well."),
     ] = None,
-    image_cache_mb: Annotated[
-        int, typer.Option(min=0, help="Megabytes of compressed images to keep in memory.")
-    ] = 256,
+    image_cache_mb: Annotated[int, typer.Option(min=0, help="Megabytes of compressed images in memory.")] = 256,
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch images from URLs of public addresses.")
     ] = False,

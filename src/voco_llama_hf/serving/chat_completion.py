@@ -19,12 +19,13 @@ from ..images import TooLargeError, decode_image
 from ..modeling import VoCoCache
 from .image_cache import ImageCache, hash_bytes
 from .limits import Limits
+from .messages import check_options, is_integer, parse_messages, shown
 from .model_manager import VoCoModelManager
 from .remote_images import ImageLoader
-from .requests import check_options, is_integer, parse_messages
 
 
 MAX_VOCO_TOKENS = 64
+MIN_TEMPERATURE = 0.01  # below it logits overflow, and the likeliest token is drawn anyway
 
 
 class VoCoCompletionCreateParams(TransformersCompletionCreateParamsStreaming, total=False):
@@ -71,7 +72,7 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
         check_options(body, self.limits)
         model_id = self.model_manager.force_model
         if body.get("model") not in (None, model_id):
-            raise HTTPException(404, f"this server has the model {model_id!r}, not {body['model']!r:.100}")
+            raise HTTPException(404, f"this server has the model {model_id!r}, not {shown(body['model'])}")
         question = parse_messages(body.get("messages"), self.processor, self.limits)
         num_voco_tokens = self._num_voco_tokens(body.get("num_voco_tokens"))
         prompt = self._prompt(question.messages)
@@ -118,7 +119,7 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
         if known is not None:
             return known, True
         try:
-            # Also if it is in the store: it may be no image at all
+            # The store is asked later, by the thread that computes, which decoding is not to hold up
             image = await asyncio.to_thread(decode_image, content, max_pixels=self.limits.max_pixels)
         except TooLargeError as error:
             raise HTTPException(413, str(error)) from error
@@ -147,7 +148,7 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
     ) -> GenerationConfig:
         config = super()._build_generation_config(body, model_generation_config, use_cb)
         if body.get("temperature") is not None:
-            config.do_sample = body["temperature"] > 0
+            config.do_sample = body["temperature"] >= MIN_TEMPERATURE
         if body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
             config.max_new_tokens = self.limits.max_tokens
         return config

@@ -10,6 +10,9 @@ from ..modeling import VoCoCache
 from ..store import Content, VoCoStore
 
 
+IMAGE = ""  # the sampling of what is no video
+
+
 class ImageCache:
     """
     Compressed images in memory, the ones used last; those that are not there may be in a [`VoCoStore`].
@@ -55,8 +58,8 @@ class ImageCache:
         if (known := self.get(content_hash, num_voco_tokens)) is not None:
             return known, True
         store = self.open_store()
-        if store is not None and store.contains(content_hash, num_voco_tokens):
-            cache = store.get(content_hash, num_voco_tokens)
+        if store is not None and store.contains(content_hash, num_voco_tokens, IMAGE):
+            cache = store.get(content_hash, num_voco_tokens, IMAGE)
             self._put(content_hash, num_voco_tokens, cache)
             return cache, True
         cache = compress().to("cpu")

@@ -43,13 +43,14 @@ def check_options(body: dict[str, Any], limits: Limits) -> None:
     for name, (low, high) in BOUNDS.items():
         value = body.get(name)
         if value is not None and not (is_number(value) and low <= value <= high):
-            raise HTTPException(400, f"{name} must be a number from {low:g} to {high:g}, got {value!r:.40}")
+            raise HTTPException(400, f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}")
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
         if value is not None and not (is_integer(value) and 1 <= value <= limits.max_tokens):
-            raise HTTPException(400, f"{name} must be an integer from 1 to {limits.max_tokens}, got {value!r:.40}")
-    if body.get("seed") is not None and not (is_integer(body["seed"]) and abs(body["seed"]) < 2**63):
-        raise HTTPException(400, f"seed must be an integer, got {body['seed']!r:.40}")
+            raise HTTPException(400, f"{name} must be an integer from 1 to {limits.max_tokens}, got {shown(value)}")
+    seed = body.get("seed")
+    if seed is not None and not (is_integer(seed) and 0 <= seed < 2**32):
+        raise HTTPException(400, f"seed must be an integer from 0 to {2**32 - 1}, got {shown(seed)}")
     if not isinstance(body.get("stream"), bool | None):
         raise HTTPException(400, "stream must be true or false")
     stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop")
@@ -59,6 +60,11 @@ def check_options(body: dict[str, Any], limits: Limits) -> None:
         raise HTTPException(400, f"stop must be a string or a list of up to {MAX_STOPS} strings")
     if body.get("logit_bias"):
         raise HTTPException(400, "logit_bias is not supported")
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, cut short."""
+    return f"{value!r:.60}"
 
 
 def is_number(value: Any) -> bool:
@@ -109,8 +115,8 @@ def parse_message(message: Any, processor: VoCoLlamaProcessor, urls: list[str]) 
             urls.append(url)
             parts.append({"type": "image"})
         else:
-            raise HTTPException(400, f"content parts are of type text and image_url, got {part.get('type')!r:.40}")
+            raise HTTPException(400, f"content parts are of type text and image_url, got {shown(part.get('type'))}")
     return {"role": message["role"], "content": parts}
 
 
-__all__ = ["Question", "check_options", "parse_messages"]
+__all__ = ["Question", "check_options", "is_integer", "parse_messages", "shown"]
