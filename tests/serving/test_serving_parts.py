@@ -1,4 +1,4 @@
-"""What holds the server together: the memory of images, what may be fetched, and what happens to a cancelled answer."""
+"""What holds the server together: the memory of images, what may be fetched, and cancelled answers."""
 
 import asyncio
 import socket
