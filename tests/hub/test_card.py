@@ -44,6 +44,10 @@ def count_flops(run) -> int:
     return counter.get_total_flops()
 
 
+def approx(number: int):
+    return pytest.approx(number, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("text_class", "vision_class", "vision"),
     [(LlamaConfig, CLIPVisionConfig, {}), (Qwen3Config, SiglipVisionConfig, {"vision_use_head": False})],
@@ -55,8 +59,8 @@ def test_cost_is_what_torch_counts(text_class, vision_class, vision):
         vision_class=vision_class,
         vision=vision,
         vision_feature_select_strategy=strategy,
-        attn_implementation="eager",
     )
+    model.set_attn_implementation("eager")
     cost = CostModel(model.config)
     pixels, k, text = random_pixels(model, 1), 3, 5
     model.compress(pixels, k)  # checks the rotation once, which costs nothing of an image
@@ -64,17 +68,19 @@ def test_cost_is_what_torch_counts(text_class, vision_class, vision):
     ids = torch.tensor([[model.config.voco_token_id] * k + [5] * text])
     compressed = cost.compressed(k, text)
     assert compressed.nbytes == cache.nbytes
-    assert compressed.image_flops == count_flops(lambda: model.compress(pixels, k))
+    # The angles of the rotary embedding are counted there, and left out here
+    assert compressed.image_flops == approx(count_flops(lambda: model.compress(pixels, k)))
     asked = count_flops(lambda: model(ids, voco_cache=cache, use_cache=True, logits_to_keep=1))
-    assert compressed.question_flops == asked
+    assert compressed.question_flops == approx(asked)
 
     llava = LlavaForConditionalGeneration(model.config).eval()
+    llava.set_attn_implementation("eager")
     vision_tokens = cost.num_vision_tokens
     ids = torch.tensor([[model.config.image_token_id] * vision_tokens + [5] * text])
     uncompressed = cost.uncompressed(text)
     output = []
     total = count_flops(lambda: output.append(llava(ids, pixels, use_cache=True, logits_to_keep=1)))
-    assert total == uncompressed.image_flops + uncompressed.question_flops
+    assert uncompressed.image_flops + uncompressed.question_flops == approx(total)
     layers = output[0].past_key_values.layers
     assert uncompressed.nbytes * (vision_tokens + text) == sum(
         (layer.keys.nbytes + layer.values.nbytes) * vision_tokens for layer in layers
@@ -104,14 +110,15 @@ def test_costs_of_the_paper():
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_quick_start_runs_as_printed(folder, processor, template, capsys):
+def test_quick_start_runs_as_printed(folder, processor, template):
     if not template:
         (folder / "chat_template.jinja").unlink()
-    # The installed package knows the model already; that the code beside the weights is enough is tested elsewhere
     card = make_card(VoCoLlamaConfig.from_pretrained(folder), type(processor).from_pretrained(folder), str(folder))
-    exec(compile(quick_start(card.content), "quick start", "exec"), {})
-    first, cache, second = capsys.readouterr().out.rstrip("\n").split("\n")
-    assert first == second and cache.startswith("VoCoCache(images=1, num_voco_tokens=1")
+    names: dict = {}
+    exec(compile(quick_start(card.content), "quick start", "exec"), names)
+    # Pixels and their compressed form give one answer
+    question, (ask, cache) = "And now?", (names["ask"], names["cache"])
+    assert ask(question, images=names["image"], num_voco_tokens=1) == ask(question, voco_cache=cache)
 
 
 def test_card_of_the_embedded_checkpoint(monkeypatch, capsys):

@@ -181,7 +181,7 @@ def test_a_request_that_does_not_arrive(running):
     for request, status in (
         (head + b"Content-Length: 50\r\n\r\n{", b"408"),
         (head + b"Content-Length: 5000\r\n\r\n", b"413"),
-        (head + b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000 + b"\r\n", b"413"),
+        (head + b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000 + b"\r\n0\r\n\r\n", b"413"),
     ):
         with socket.create_connection((host, int(port)), timeout=30) as connection:
             connection.sendall(request)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModel
+from transformers.modeling_utils import set_zero3_state
 
 from voco_llama_cli.loading import count_vision_tokens
 
@@ -43,7 +44,8 @@ class CostModel:
     def __init__(self, config: VoCoLlamaConfig):
         self.config: Any = config
         self.num_vision_tokens = count_vision_tokens(config)
-        with torch.device("meta"):
+        # Under DeepSpeed's ZeRO-3 the weights of a new model would be shared out among the processes
+        with set_zero3_state(), torch.device("meta"):
             model: Any = AutoModel.from_config(config)
         self.num_parameters = model.num_parameters() + (0 if config.tie_word_embeddings else self.head_weights)
         self.text_weights = linear_weights(model.language_model)
