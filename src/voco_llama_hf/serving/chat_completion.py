@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jinja2
+import torch
 from fastapi import HTTPException
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from transformers import GenerationConfig
@@ -101,9 +102,8 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
         if asked is None:
             return self.processor.num_voco_tokens
         if not is_integer(asked) or not 1 <= asked <= MAX_VOCO_TOKENS:
-            raise HTTPException(
-                400, f"num_voco_tokens must be an integer from 1 to {MAX_VOCO_TOKENS}, got {asked!r:.40}"
-            )
+            message = f"num_voco_tokens must be an integer from 1 to {MAX_VOCO_TOKENS}, got {shown(asked)}"
+            raise HTTPException(400, message)
         return asked
 
     def _prompt(self, messages: list[dict]) -> str:
@@ -119,18 +119,19 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
         if known is not None:
             return known, True
         try:
-            # The store is asked later, by the thread that computes, which decoding is not to hold up
-            image = await asyncio.to_thread(decode_image, content, max_pixels=self.limits.max_pixels)
+            # Made small before it waits; the store is asked later, by the thread that computes
+            pixel_values = await asyncio.to_thread(self._read, content)
         except TooLargeError as error:
             raise HTTPException(413, str(error)) from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        compress = partial(self._compress, image, num_voco_tokens)
+        compress = partial(self.model.compress, pixel_values, num_voco_tokens)
         return await manager.async_submit(self.images.get_or_compress, content_hash, num_voco_tokens, compress)
 
-    def _compress(self, image: Any, num_voco_tokens: int) -> VoCoCache:
-        pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        return self.model.compress(pixel_values, num_voco_tokens)
+    def _read(self, content: bytes) -> torch.Tensor:
+        """Pixels as the model takes them."""
+        image = decode_image(content, max_pixels=self.limits.max_pixels)
+        return self.processor(images=image, return_tensors="pt")["pixel_values"]
 
     def _inputs(self, prompt: str, caches: list[VoCoCache]) -> dict[str, Any]:
         """What `generate` takes."""
