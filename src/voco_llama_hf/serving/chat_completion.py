@@ -64,21 +64,24 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
     ):
         super().__init__(model_manager, generation_state)
         self.images, self.loader, self.limits = images, loader, limits
-        self.model, self.processor = model_manager.model, model_manager.processor
+        self.model, self.processor, self.model_id = (
+            model_manager.model,
+            model_manager.processor,
+            model_manager.model_id,
+        )
         self.cached_tokens = 0
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         """See [`~transformers.cli.serving.chat_completion.ChatCompletionHandler.handle_request`]."""
         self._validate_request(body)
         check_options(body, self.limits)
-        model_id = self.model_manager.force_model
-        if body.get("model") not in (None, model_id):
-            raise HTTPException(404, f"this server has the model {model_id!r}, not {shown(body['model'])}")
+        if body.get("model") not in (None, self.model_id):
+            raise HTTPException(404, f"this server has the model {self.model_id!r}, not {shown(body['model'])}")
         question = parse_messages(body.get("messages"), self.processor, self.limits)
         num_voco_tokens = self._num_voco_tokens(body.get("num_voco_tokens"))
         prompt = self._prompt(question.messages)
 
-        manager: Any = self.generation_state.get_manager(model_id)
+        manager: Any = self.generation_state.get_manager(self.model_id)
         contents = [await self.loader.load(url) for url in question.urls]
         caches, cached_tokens = [], 0
         for content in contents:
@@ -92,11 +95,9 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
         # Of this request alone: the builders of its responses ask for the number of cached tokens
         own = copy.copy(self)
         own.cached_tokens = cached_tokens
-        respond = own._streaming if body.get("stream") else own._non_streaming
-        response = respond(
-            request_id, self.model, self.processor.tokenizer, model_id, inputs, config, gen_manager=manager
-        )
-        return response if body.get("stream") else await response
+        # The tokenizer in place of the processor: strings to stop at are looked up in its vocabulary
+        args = (request_id, self.model, self.processor.tokenizer, self.model_id, inputs, config, manager)
+        return own._streaming(*args) if body.get("stream") else await own._non_streaming(*args)
 
     def _num_voco_tokens(self, asked: Any) -> int:
         if asked is None:

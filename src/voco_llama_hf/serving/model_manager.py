@@ -22,10 +22,9 @@ class VoCoModelManager(ModelManager):
     """
 
     def __init__(self, model: Any, processor: Any, model_id: str):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.model_id = model, processor, model_id
         self.created = int(time.time())
         super().__init__()
-        self.force_model = model_id
 
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         return self.model, self.processor
@@ -36,7 +35,7 @@ class VoCoModelManager(ModelManager):
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
         """What `/v1/models` lists."""
-        return [{"id": self.force_model, "object": "model", "created": self.created, "owned_by": "voco-llama-hf"}]
+        return [{"id": self.model_id, "object": "model", "created": self.created, "owned_by": "voco-llama-hf"}]
 
 
 __all__ = ["VoCoModelManager"]
