@@ -133,7 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401, "Unauthorized")
         repo = f"{body['organization']}/{body['name']}"
         if repo in self.server.repositories:
-            return self.answer({"error": "You already created this model repo"}, 409)
+            url = f"{self.server.endpoint}/{repo}"
+            return self.answer({"error": "You already created this model repo", "url": url}, 409)
         self.server.repositories[repo] = Repository(body.get("visibility") == "private")
         self.answer({"url": f"{self.server.endpoint}/{repo}", "name": repo})
 
