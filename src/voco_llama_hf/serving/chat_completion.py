@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import torch
 from fastapi import HTTPException
-from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
+from openai.types.completion_usage import PromptTokensDetails
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import (
     ChatCompletionHandler,
@@ -170,16 +170,17 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
 
     # What stands in a response
 
-    def _build_completion(self, *args: Any, usage: CompletionUsage | None = None, **kwargs: Any) -> dict:
-        return super()._build_completion(*args, usage=self._with_cached_tokens(usage), **kwargs)
+    def _build_completion(self, *args: Any, **kwargs: Any) -> dict:
+        return super()._build_completion(*args, **self._with_cached_tokens(kwargs))
 
-    def _build_chunk_sse(self, *args: Any, usage: CompletionUsage | None = None, **kwargs: Any) -> str:
-        return super()._build_chunk_sse(*args, usage=self._with_cached_tokens(usage), **kwargs)
+    def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
+        return super()._build_chunk_sse(*args, **self._with_cached_tokens(kwargs))
 
-    def _with_cached_tokens(self, usage: CompletionUsage | None) -> CompletionUsage | None:
-        if usage is not None:
-            usage.prompt_tokens_details = PromptTokensDetails(cached_tokens=self.cached_tokens)
-        return usage
+    def _with_cached_tokens(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same, with the cached tokens among its usage, if it has one."""
+        if kwargs.get("usage") is not None:
+            kwargs["usage"].prompt_tokens_details = PromptTokensDetails(cached_tokens=self.cached_tokens)
+        return kwargs
 
 
 __all__ = ["VoCoChatCompletionHandler"]
