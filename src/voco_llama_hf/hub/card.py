@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
@@ -189,7 +189,7 @@ def folder_card(
 
 
 def merge_metadata(
-    old: ModelCardData | None,
+    old: CardData | None,
     given: dict[str, str | None],
     datasets: Sequence[str],
     tags: Sequence[str],

@@ -26,19 +26,18 @@ def write_training_card(trainer: Any, model_name: str | None, dataset_name: str 
     args, config = trainer.args, bare(trainer.model).config
     folder = Path(args.output_dir)
     path = folder / REPOCARD_NAME
-    base_model = config._name_or_path
-    if not base_model or os.path.isdir(base_model):
-        base_model = None
-    is_hub_dataset = dataset_name is not None and not os.path.exists(dataset_name) and "/" in dataset_name
+    origin = config._name_or_path
+    datasets = [dataset_name] if dataset_name is not None else []
     card = make_card(
         config,
         trainer.processing_class,
         trainer.hub_model_id or args.output_dir,
         ModelCard.load(path) if path.is_file() else None,
         name=model_name or folder.absolute().name,
-        base_model=base_model,
+        base_model=None if not origin or os.path.isdir(origin) else origin,
         base_model_relation="adapter" if isinstance(trainer.model, PeftModel) else "finetune",
-        datasets=[dataset_name] if is_hub_dataset else [],
+        # Those of the Hub, which a path of this machine is not
+        datasets=[name for name in datasets if "/" in name and not os.path.exists(name)],
         tags=tags,
         eval_results=training_results(trainer, dataset_name),
         training=training_text(trainer),
@@ -49,13 +48,15 @@ def write_training_card(trainer: Any, model_name: str | None, dataset_name: str 
 
 def training_results(trainer: Any, dataset_name: str | None) -> list[EvalResult]:
     """Figures of the last evaluation on the data that are named."""
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
+    if dataset_name is None or not evaluated:
+        return []
     # An evaluation reads with the first choice
     return [
-        eval_result(dataset_name, metric, scale * last[key], choices[0] or None, split="eval")
+        eval_result(dataset_name, metric, scale * evaluated[-1][key], choices[0] or None, split="eval")
         for key, (metric, scale) in EVALUATED.items()
-        if key in last and dataset_name is not None
+        if key in evaluated[-1]
     ]
 
 

@@ -180,7 +180,7 @@ class VoCoSFTTrainer(SFTTrainer):
         student = self.accelerator.unwrap_model(model)
         return read_uncompressed(model, student, inputs, without_adapters=self.args.teacher == "adapter")
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """
