@@ -28,6 +28,7 @@ def write_training_card(trainer: Any, model_name: str | None, dataset_name: str 
     path = folder / REPOCARD_NAME
     origin = config._name_or_path
     datasets = [dataset_name] if dataset_name is not None else []
+    label = Path(dataset_name).name if dataset_name is not None and os.path.exists(dataset_name) else dataset_name
     card = make_card(
         config,
         trainer.processing_class,
@@ -39,7 +40,7 @@ def write_training_card(trainer: Any, model_name: str | None, dataset_name: str 
         # Those of the Hub, which a path of this machine is not
         datasets=[name for name in datasets if "/" in name and not os.path.exists(name)],
         tags=tags,
-        eval_results=training_results(trainer, dataset_name),
+        eval_results=training_results(trainer, label),
         training=training_text(trainer),
     )
     folder.mkdir(parents=True, exist_ok=True)
