@@ -112,7 +112,7 @@ def test_fetching(site):
         (f"{base}/to/file:///etc/passwd", 400, "not an http"),
         (f"{base}/to/" + f"{base}/to/" * 4 + f"{base}/image", 400, "redirects"),
         ("http://127.0.0.1:1/image", 400, "cannot be fetched"),
-        ("http://", 400, ""),
+        ("http://", 400, "is not an http"),
     ):
         with pytest.raises(HTTPException, match=message) as error:
             load(url, public)
