@@ -1,8 +1,9 @@
-"""Draws docs/images/attention.png: who attends to whom, as the package's own mask says it.
+"""Draws docs/images/attention.png, which model cards show too: who attends to whom, as the package's own mask says it.
 
 python docs/draw_attention.py
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from voco_llama_hf.modeling.attention_voco_llama import ExpandedLayout, VoCoRuns
 
 
 TARGET = Path(__file__).parent / "images" / "attention.png"
+CARD_PICTURE = Path(__file__).parents[1] / "src" / "voco_llama_hf" / "hub" / TARGET.name
 
 # A prompt of two images as a user sees it; one letter a token
 PROMPT = ["v", "v", "and", "v", "v", "what", "differs", "?"]
@@ -108,3 +110,4 @@ def draw(path: Path) -> None:
 if __name__ == "__main__":
     TARGET.parent.mkdir(exist_ok=True)
     draw(TARGET)
+    shutil.copyfile(TARGET, CARD_PICTURE)

@@ -5,12 +5,16 @@ from typing import Annotated
 import typer
 
 from .ask import ask
+from .benchmark import benchmark
+from .card import card
 from .compress import compress
 from .convert import convert
 from .errors import OneLineErrors
 from .evaluate import Evaluate, evaluate
 from .export import app as export_app
 from .index import index
+from .push import push
+from .serve import serve
 from .store import store_app
 from .train import PASS_ON, train
 
@@ -37,10 +41,14 @@ def main(
 
 
 app.command()(ask)
+app.command()(benchmark)
+app.command()(card)
 app.command()(compress)
 app.command()(convert)
 app.command(cls=Evaluate)(evaluate)
 app.add_typer(export_app, name="export")
 app.command()(index)
+app.command()(push)
+app.command()(serve)
 app.add_typer(store_app, name="store")
 app.command(context_settings=PASS_ON)(train)

@@ -11,7 +11,7 @@ from .options import check_train_extra
 
 
 TRAIN_EXTRA = ("datasets", "ijson", "peft", "trl")
-TRAINING = Path(__file__).parents[1] / "training"
+TRAINING = Path(__file__).parents[1] / "voco_llama_hf" / "training"
 # Everything is TRL's parser's, --help too
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 

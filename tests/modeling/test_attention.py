@@ -247,7 +247,7 @@ def test_attention_implementations_without_custom_masks_compute_in_two_stages():
         calls.clear()
         model.config.text_config._attn_implementation = "flash_attention_2"
         try:
-            assert model.model._runs_in_two_stages("voco", False, None)
+            assert model.model._runs_in_two_stages(None, "voco", False, None)
         finally:
             model.config.text_config._attn_implementation = "sdpa"
         staged = model(**batch, pixel_values=pixels(1), use_cache=True)

@@ -216,6 +216,47 @@ def test_images_are_encoded_once(model, inputs):
     assert encoded_images(model, lambda: new_tokens(model, cached)) == 0
 
 
+# Images in front of all text, and padding among them; the third column of the batch has text
+
+
+FRONT_LAYOUTS = [["image:2", "text:4"], ["image:1", "image:3", "text:2"], ["image:2", "text:3", "image:1", "text:1"]]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, small window", "gemma2"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}, {"past_key_values": DynamicCache}],
+    ids=["dynamic", "static", "chunks", "cache of the caller"],
+)
+@pytest.mark.parametrize("prepare", [lambda model, inputs: inputs, with_cache], ids=["pixels", "cache"])
+def test_images_in_front_of_text(name, arguments, prepare):
+    model = tiny_model(**ARCHITECTURES[name])
+    inputs = random_inputs(model, FRONT_LAYOUTS)
+    arguments = {key: value() if value is DynamicCache else value for key, value in arguments.items()}
+    assert_greedy(model, prepare(model, inputs), single_rows(inputs), 3, **arguments)
+
+
+@torch.no_grad()
+def test_images_in_front_of_text_are_not_run_again(model):
+    lengths = []
+    layer = model.model.language_model.layers[0]
+    inputs = random_inputs(model, FRONT_LAYOUTS)
+    tokens = inputs["attention_mask"].bool()
+    expected = model(**inputs, use_cache=False).logits
+    cached = with_cache(model, inputs)
+    with layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1])):
+        new_tokens(model, cached, max_new_tokens=2)
+        outputs = model(**cached, use_cache=True)
+        complete = model(**cached, use_cache=True, output_hidden_states=True)
+    assert lengths == [5, 1, 5, 7]
+    assert outputs.logits.shape == expected.shape
+    text = tokens & (inputs["input_ids"] != VOCO)
+    torch.testing.assert_close(outputs.logits[text], expected[text], **TOLERANCE)
+    assert [states.shape[1] for states in complete.hidden_states] == [7] * 4
+    # Hidden states of VoCo tokens are known to those who have the pixels
+    torch.testing.assert_close(model(**inputs, use_cache=True).logits[tokens], expected[tokens], **TOLERANCE)
+
+
 # Sampling
 
 

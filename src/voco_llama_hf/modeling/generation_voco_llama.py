@@ -32,7 +32,8 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
             model_kwargs.pop(name, None) for name in ("pixel_values", "voco_cache", "num_voco_tokens")
         )
         embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
-        voco_mask = self.get_voco_mask(inputs_tensor if embeds is None else None, embeds)
+        # Read where the host is: one wait for the device instead of one for every number
+        voco_mask = self.get_voco_mask(inputs_tensor if embeds is None else None, embeds).cpu()
         seen = self._num_seen_tokens(inputs_tensor, model_kwargs, generation_config)
         if pixel_values is None and voco_cache is None:
             num_new = int(voco_mask[:, seen:].sum())
@@ -50,7 +51,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
             num_voco_tokens = voco_cache.token_counts
         images, counts = find_new_images(voco_mask, seen, num_voco_tokens, len(given))
         if images:
-            new = given[images]
+            new = given if len(images) == len(given) else given[images]
             model_kwargs["mm_encoder_outputs"] = {
                 "image": self.get_image_features(new.to(self.device), counts)
                 if voco_cache is None

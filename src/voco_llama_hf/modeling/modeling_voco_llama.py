@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -41,6 +42,7 @@ from .generation_voco_llama import VoCoLlamaGenerationMixin
 ATTENTION_MODES = ("voco", "causal", "uncompressed")
 MASKABLE_ATTENTION = ("eager", "sdpa", "flex_attention")
 COMPRESSION_BATCH_SIZE = 16
+ROTATION_BLOCK_SIZE = 256  # tokens whose keys are rotated at a time, in float32
 
 # Checkpoints of the first LLaVA classes name their weights in an older way
 for name, llava_name in (("voco_llama", "llava"), ("VoCoLlamaModel", "LlavaModel")):
@@ -64,43 +66,61 @@ class CompressionCache(Cache):
 
 class InjectionCache(Cache):
     """
-    Replaces the keys and values of `<voco>` tokens by those of compressed images on their way into another cache, of
-    whatever kind: dynamic, static, quantized, offloaded.
+    Puts the keys and values of compressed images among those of text, on their way into another cache, of whatever
+    kind: dynamic, static, quantized, offloaded. It is updated once, by one pass.
 
     Args:
         cache ([`~transformers.Cache`]):
             The cache that is filled.
-        token_rows, token_columns (`torch.LongTensor` of shape `(num_tokens,)`):
-            Where the `<voco>` tokens stand in the sequence of this pass.
-        images (`torch.Tensor` of shape `(num_tokens, 2, layers, key_value_heads, head_dim)`):
-            Their keys, at position 0, and values.
-        rotate (`Callable`):
-            Rotates keys of shape `(num_tokens, key_value_heads, head_dim)` to the positions of the tokens.
+        front (`list[torch.Tensor]`):
+            Keys and values `(batch_size, num_columns, layers, key_value_heads, head_dim)` of columns in front of all
+            text, which the pass leaves out.
+        among (`list[torch.Tensor]`):
+            Keys and values `(num_tokens, layers, key_value_heads, head_dim)` that replace those of `<voco>` tokens of
+            the pass.
+        rows, columns (`torch.LongTensor` of shape `(num_tokens,)`):
+            Where these tokens stand in the pass.
     """
 
     def __init__(
         self,
         cache: Cache,
-        token_rows: torch.Tensor,
-        token_columns: torch.Tensor,
-        images: torch.Tensor,
-        rotate: Callable[[torch.Tensor], torch.Tensor],
+        front: list[torch.Tensor],
+        among: list[torch.Tensor],
+        rows: torch.Tensor,
+        columns: torch.Tensor,
     ):
         super().__init__(layers=cache.layers)
         self.cache = cache
-        self.token_rows, self.token_columns = token_rows, token_columns
-        self.images = images
-        self.rotate = rotate
+        self.num_front = front[0].shape[1]
+        # Views by layer are made at once: in a short pass every call from Python counts
+        self.front = [states.permute(2, 0, 3, 1, 4).unbind() for states in front]
+        self.among = [states.unbind(1) for states in among]
+        self.rows, self.columns = rows, columns
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        keys = self._inject(key_states, self.rotate(self.images[:, 0, layer_idx]))
-        values = self._inject(value_states, self.images[:, 1, layer_idx])
-        return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        states = [key_states, value_states]
+        if len(self.rows) > 0:
+            places = self.rows.to(key_states.device), self.columns.to(key_states.device)
+            for kind, among in enumerate(self.among):
+                by_token = states[kind].transpose(1, 2).index_put(places, among[layer_idx].to(key_states))
+                states[kind] = by_token.transpose(1, 2)
+        if self.num_front > 0:
+            front = [kind[layer_idx].to(key_states) for kind in self.front]
+            layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                # What it holds it copies with every update anyway
+                layer.lazy_initialization(*front)
+                layer.keys, layer.values = front
+            else:
+                states = [torch.cat(parts, dim=2) for parts in zip(front, states)]
+        return self.cache.update(states[0], states[1], layer_idx, *args, **kwargs)
 
-    def _inject(self, states: torch.Tensor, injected: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.token_rows.to(states.device), self.token_columns.to(states.device)
-        by_token = states.transpose(1, 2).index_put((rows, columns), injected.to(states))
-        return by_token.transpose(1, 2)
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.cache.get_query_offset(layer_idx) + self.num_front
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.cache.get_mask_sizes(query_length + self.num_front, layer_idx)
 
 
 class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
@@ -128,7 +148,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         text_config: Any = config.text_config
         check_text_config(text_config)
         super().__init__(config)
-        self._fingerprint: tuple[tuple, dict[str, str]] | None = None
+        self._fingerprint: tuple[list, dict[str, str]] | None = None
         self._rotation_is_checked = False
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -168,9 +188,10 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 Images that are compressed already, instead of `pixel_values`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: its `pooler_output` is a list of one tensor
-            `(k, 2 * layers * key_value_heads * head_dim + hidden_size)` an image. Row j holds the keys of the j-th
-            VoCo token, rotated to position 0, its values and its last hidden state (unknown to a [`VoCoCache`]).
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: its `pooler_output` has
+            `(k, 2 * layers * key_value_heads * head_dim + hidden_size)` numbers an image: one tensor where all images
+            have the same k, else a list of tensors. Row j of an image holds the keys of its j-th VoCo token, rotated
+            to position 0, its values and its last hidden state (unknown to a [`VoCoCache`]).
 
         Raises:
             ValueError: if `voco_cache` was made by another model or has other numbers of VoCo tokens.
@@ -185,10 +206,11 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         else:
             counts = self._per_image_counts(num_voco_tokens, pixel_values)
             states = self._compress(pixel_values, counts)
-        offsets = torch.cat([torch.arange(count) for count in counts]).to(states[0].device)
-        at_zero = self.rotate_keys(states[0], -offsets)
-        rows = torch.cat([tensor.flatten(1) for tensor in (at_zero, *states[1:])], dim=-1)
-        images: Any = list(rows.split(counts))
+        if max(counts) > 1:
+            offsets = torch.tensor([offset for count in counts for offset in range(count)], device=states[0].device)
+            states[0] = self.rotate_keys(states[0], -offsets)
+        rows = torch.cat([tensor.flatten(1) for tensor in states], dim=-1)
+        images: Any = list(rows.split(counts)) if len(set(counts)) > 1 else rows.unflatten(0, (len(counts), -1))
         return BaseModelOutputWithPooling(pooler_output=images)
 
     def _per_image_counts(
@@ -214,18 +236,21 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             self._compress_batch(pixel_values[start : start + batch_size], counts[start : start + batch_size])
             for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1)
         ]
-        return [torch.cat(tensors) for tensors in zip(*parts)]
+        return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts)]
 
     def _compress_batch(self, pixel_values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
-        kept, hidden_states = self.run_segments(pixel_values, max(counts))
-        device = hidden_states.device
-        wanted = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+        length = max(counts)
+        kept, hidden_states = self.run_segments(pixel_values, length)
         keys, values = (
-            torch.stack([layer.to(device) for layer in layers], dim=1).permute(0, 3, 1, 2, 4)[wanted]
+            torch.stack([layer.transpose(1, 2).to(hidden_states.device) for layer in layers], dim=2)
             for layers in (kept.keys, kept.values)
         )
-        return [keys, values, hidden_states[wanted]]
+        by_token = [states.flatten(0, 1) for states in (keys, values, hidden_states)]
+        if len(set(counts)) == 1:
+            return by_token
+        wanted = [length * image + offset for image, count in enumerate(counts) for offset in range(count)]
+        return [states[torch.tensor(wanted, device=states.device)] for states in by_token]
 
     def run_segments(self, pixel_values: torch.Tensor, num_voco_tokens: int) -> tuple[CompressionCache, torch.Tensor]:
         """
@@ -364,10 +389,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         What compressed images depend on: the configuration of segments and keys, and a hash over a sample of every
         weight tensor, rounded to bfloat16 so that it is the same in every precision. Recomputed when weights change.
         """
-        weights = dict(self.named_parameters())
-        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights.values())
+        state = weights_state(self)
         if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = state, {"weights": hash_weights(weights)}
+            self._fingerprint = state, {"weights": hash_weights(dict(self.named_parameters()))}
         config = self.config
         layers, heads, head_dim = key_value_shape(config.text_config)
         return {
@@ -465,13 +489,17 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 "text_groups needs images, no past_key_values, and an attention that takes masks "
                 f"({', '.join(MASKABLE_ATTENTION)})"
             )
-        if not has_images:
+        voco_mask: Any = self.get_voco_mask(input_ids, inputs_embeds) if has_images else None
+        if has_images and (two_stages or pixel_values is None):
+            # Read where the host is: one wait for the device instead of one for every number
+            voco_mask = voco_mask.cpu()
+        # Later calls of one conversation may bring images along that its cache holds already
+        if not has_images or (features is not None and not voco_mask.any()):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **language_inputs
             )
             return LlavaModelOutputWithPast(**outputs)
 
-        voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
         if features is None:
             images: Any = pixel_values if voco_cache is None else voco_cache
             if voco_cache is not None and num_voco_tokens is None:
@@ -587,7 +615,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     def _forward_injected(
         self,
         inputs_embeds: torch.Tensor,
-        images: list[torch.Tensor],
+        images: Any,
         voco_mask: torch.Tensor,
         past_key_values: Cache | None,
         use_cache: bool,
@@ -596,43 +624,60 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         position_ids: torch.Tensor | None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
-        """Second stage: the short sequence under plain causal attention, with the compressed images in place."""
+        """
+        Second stage: the short sequence under plain causal attention, with the compressed images in place. Columns in
+        front of all text are not computed at all: nothing but their keys and values is ever read.
+
+        Args:
+            images (`torch.Tensor` or `list[torch.Tensor]`): What [`get_image_features`] returned.
+            voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): On the host.
+        """
         cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
-        if position_ids is None and text_groups is not None:
-            position_ids = group_positions(text_groups)
-        elif position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-            position_ids = position_ids + cache.get_seq_length()
+        batch_size, length = voco_mask.shape
+        device = inputs_embeds.device
         mask: Any = attention_mask
         if text_groups is not None:
-            rule = text_group_function(text_groups)
-            mask = self._masked_attention(inputs_embeds, attention_mask, position_ids, rule)
-        rows = torch.cat([image.to(inputs_embeds.device) for image in images])
-        token_rows, token_columns = voco_mask.nonzero(as_tuple=True)
-        # Later calls of one conversation may bring images along that its cache holds already
-        injects = len(token_rows) > 0
-        if len(voco_mask) == 1 and len(token_rows) > len(rows):
+            position_ids = group_positions(text_groups) if position_ids is None else position_ids
+            mask = self._masked_attention(inputs_embeds, mask, position_ids, text_group_function(text_groups))
+        elif position_ids is None:
+            position_ids = torch.arange(length, device=device)[None] + cache.get_seq_length()
+        rows = images.flatten(0, 1) if isinstance(images, torch.Tensor) else torch.cat(images)
+        states, voco_hidden = self._split_rows(rows.to(device))
+        tokens = voco_mask.nonzero()
+        if batch_size == 1:
             # Assisted decoding of one sequence may propose `<voco>` tokens behind it, which are ordinary tokens
-            token_rows, token_columns = token_rows[: len(rows)], token_columns[: len(rows)]
-        if injects and len(token_rows) != len(rows):
+            tokens = tokens[: len(rows)]
+        if len(tokens) != len(rows):
             raise ValueError(
-                f"the input has {len(token_rows)} <voco> tokens, but its images were compressed into {len(rows)}"
+                f"the input has {len(tokens)} <voco> tokens, but its images were compressed into {len(rows)}"
             )
-        states, voco_hidden = self._split_rows(rows)
-        positions = position_ids.expand(len(inputs_embeds), -1)[token_rows, token_columns]
+        token_rows, token_columns = tokens.to(device).unbind(-1)
+        keys = self.rotate_keys(states[:, 0], position_ids.expand(batch_size, -1)[token_rows, token_columns])
+
+        num_front = self._count_front_columns(tokens, voco_mask.shape, mask, kwargs)
+        is_front = tokens[:, 1] < num_front
+        front_tokens, other_tokens = (mask.nonzero().flatten().to(device) for mask in (is_front, ~is_front))
+        places = token_rows[front_tokens], token_columns[front_tokens]
+        kinds = keys, states[:, 1]
         injection = InjectionCache(
-            cache, token_rows, token_columns, states, lambda keys: self.rotate_keys(keys, positions.to(keys.device))
+            cache,
+            [place_tokens(select_tokens(kind, front_tokens), *places, (batch_size, num_front)) for kind in kinds],
+            [select_tokens(kind, other_tokens) for kind in kinds],
+            token_rows[other_tokens],
+            token_columns[other_tokens] - num_front,
         )
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=inputs_embeds[:, num_front:],
             attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=injection if injects else cache,
+            position_ids=position_ids[:, num_front:],
+            past_key_values=injection,
             use_cache=True,
             **kwargs,
         )
         hidden_states, all_hidden_states = outputs.last_hidden_state, outputs.hidden_states
-        if injects and voco_hidden is not None:
+        if num_front > 0:
+            hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, num_front, 0))
+        if voco_hidden is not None:
             hidden_states = hidden_states.index_put((token_rows, token_columns), voco_hidden.to(hidden_states))
             if all_hidden_states is not None:
                 all_hidden_states = (*all_hidden_states[:-1], hidden_states)
@@ -642,6 +687,26 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             hidden_states=all_hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _count_front_columns(
+        self, tokens: torch.Tensor, shape: torch.Size, attention_mask: Any, arguments: dict[str, Any]
+    ) -> int:
+        """Columns of a pass that hold nothing but images, or padding, in every row, in front of all others."""
+        config = self.config.text_config
+        records_layers = arguments.get("output_attentions", config.output_attentions) or arguments.get(
+            "output_hidden_states", config.output_hidden_states
+        )
+        is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+        if records_layers or not is_plain:
+            return 0
+        is_text = torch.ones(shape, dtype=torch.bool)
+        is_text[tokens[:, 0], tokens[:, 1]] = False
+        if attention_mask is not None:
+            is_text &= attention_mask[:, -shape[1] :].cpu().bool()
+        has_text = is_text.any(0)
+        # At least one column is run, for the last hidden states
+        has_text[-1] = True
+        return int(has_text.int().argmax())
 
 
 class VoCoLlamaForConditionalGeneration(
@@ -755,13 +820,50 @@ class VoCoLlamaForConditionalGeneration(
 
 def rotate_keys(keys: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> torch.Tensor:
     """See [`VoCoLlamaModel.rotate_keys`]; `rotary_emb` is the rotary embedding of the text model."""
+    positions = positions.to(keys.device)
+    blocks = [
+        _rotate_block(block, place, rotary_emb)
+        for block, place in zip(keys.split(ROTATION_BLOCK_SIZE), positions.split(ROTATION_BLOCK_SIZE))
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _rotate_block(keys: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> torch.Tensor:
     rotation = sys.modules[type(rotary_emb).__module__].apply_rotary_pos_emb
     by_head = keys.float().flatten(1, -2).transpose(0, 1)[None]
-    cos, sin = rotary_emb(by_head, positions[None].to(keys.device))
+    cos, sin = rotary_emb(by_head, positions[None])
     # Scaled RoPE (YaRN) scales cos and sin; the keys have that factor already
     cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
     rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
     return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
+
+
+def select_tokens(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`states[tokens]` for ascending `tokens`; all of them are not copied."""
+    return states if len(tokens) == len(states) else states[tokens]
+
+
+def place_tokens(
+    states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    """`(batch_size, num_columns, ...)`: states of tokens at their places, zeros elsewhere; a view if nothing is."""
+    if len(states) == shape[0] * shape[1]:
+        return states.unflatten(0, shape)
+    return states.new_zeros(*shape, *states.shape[1:]).index_put((rows, columns), states)
+
+
+def weights_state(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """
+    Address and version of every parameter, which tell whether weights have changed. Every question about a compressed
+    image asks for them, and `named_parameters` would take longer than anything else around the passes.
+    """
+    modules: list[torch.nn.Module | None] = [model]
+    parameters: list[torch.nn.Parameter | None] = []
+    for module in modules:  # which grows meanwhile
+        if module is not None:
+            modules += module._modules.values()
+            parameters += module._parameters.values()
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters if p is not None]
 
 
 def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:

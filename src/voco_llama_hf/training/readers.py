@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Answers the questions about the images at these indices
 Reader = Callable[[list[str], list[int]], list[str]]

@@ -143,6 +143,7 @@ def main(args: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(config))
     trainer.save_model(config.output_dir)
+    trainer.create_model_card(dataset_name=data.dataset_name)
     trainer.accelerator.print(f"Saved to {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)

@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .distillation import Reading, bare, kl_divergence, load_teacher, on_last_hidden_states, read_uncompressed
 from .elastic import draw_num_voco_tokens, keep_voco_tokens
+from .model_card import write_training_card
 from .sft_config import VoCoSFTConfig
 
 
@@ -180,6 +181,23 @@ class VoCoSFTTrainer(SFTTrainer):
             return read_uncompressed(self.teacher_model, teacher, inputs, without_adapters=False)
         student = self.accelerator.unwrap_model(model)
         return read_uncompressed(model, student, inputs, without_adapters=self.args.teacher == "adapter")
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Writes the model card to `args.output_dir`, as [`~trl.SFTTrainer`] does at every checkpoint; this one has the
+        figures of the run. One that is there is refreshed: text that a person added stays.
+        """
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            write_training_card(self, model_name, dataset_name, [*self._tag_names, *tags])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # Called by a user, at the end of a training
+        if not _internal_call and output_dir in (None, self.args.output_dir):
+            self.create_model_card()
 
     def _log_parts(self, nll: torch.Tensor, divergence: torch.Tensor, num_scored: torch.Tensor) -> None:
         """Both parts of the loss, given as sums over the tokens of a process, as means over those of all."""

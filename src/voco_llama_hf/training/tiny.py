@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,12 +27,13 @@ from transformers import (
 )
 
 from .. import EMBEDDED_CHECKPOINT
+from ..hub import write_card
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from .evaluation import UNCOMPRESSED, evaluate_scenes, plot_results, print_results, retention
+from .evaluation import evaluate_scenes, plot_results, print_results
 from .moving_scenes import DESCRIBE_VIDEO, make_clips
 from .muon import MuonMixin
 from .phases import phase_options, run_phase
-from .scenes import CANVAS, DESCRIBE, DIFFICULTIES, make_scenes
+from .scenes import CANVAS, DESCRIBE, make_scenes
 from .sft_config import VoCoSFTConfig
 from .sft_trainer import VoCoSFTTrainer
 from .single_questions import SingleQuestionCollator
@@ -57,64 +59,35 @@ CHAT_TEMPLATE = """\
 {%- else -%}{{ text + '\\n' }}{%- endif -%}
 {%- endfor -%}"""
 
-MODEL_CARD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: apache-2.0
-language: en
----
+DESCRIPTION = """\
+A model of {millions:.1f} million parameters, trained from random weights on procedural scenes: coloured shapes and
+handwritten digits on a canvas of 64x64 pixels. It answers short questions about colour, shape, digit, place, number,
+existence and comparison of the objects, from k VoCo tokens an image or from all 64 vision tokens. It knows nothing
+else."""
 
-# voco-scenes-tiny
-
-A VoCo-LLaMA of {millions:.1f} million parameters, trained from random weights on procedural scenes: coloured shapes
-and handwritten digits on a canvas of 64x64 pixels. It answers short questions about colour, shape, digit, place,
-number, existence and comparison of the objects, from k VoCo tokens an image or from all 64 vision tokens. It knows
-nothing else.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "Where is the red star?"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-    processor_kwargs={{"num_voco_tokens": 1}},
-)
-ids = model.generate(**inputs, max_new_tokens=6)
-print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-## Results
-
-Exact match on the test split ({num_scenes} scenes, {num_questions} questions, each asked on its own), in percent.
+RESULTS = """\
+Exact match in percent on the test split ({num_scenes} scenes, {num_questions} questions, each asked on its own).
 Sparse scenes have 1 to 4 objects, dense ones 5 to 9. *Shuffled* asks every question about the image of another scene
 of the same difficulty: what can be guessed without seeing. *Retention* is the share of what seeing adds that the VoCo
 tokens keep, (exact match - shuffled) / (uncompressed - shuffled).
 
-| difficulty | image read from | exact match | shuffled | retention |
-| --- | --- | ---: | ---: | ---: |
-{rows}
-
 By family of questions: `results.json`, `results.png`. A family whose score is near its shuffled one is not learned.
 
-![exact match by family](results.png)
+![exact match by family](results.png)"""
 
-## Training
-
+TRAINING = """\
 `make train-tiny` reproduces it: `voco_llama_hf.training.tiny` draws the scenes, trains the tokenizer, teaches the
 vision tower to name what lies on each patch, and then trains the model: first on uncompressed images, then under the
 VoCo mask with the number of VoCo tokens drawn anew for every step, and a share of uncompressed steps. At the end every
 question sees the VoCo tokens and itself only, so that no answer can be copied from another.
 The handwritten digits are those of scikit-learn's `load_digits`; the splits share none.
 
-![loss and accuracy over the steps](training.png)
-"""
+![loss and accuracy over the steps](training.png)"""
+
+LIMITS = """\
+- It knows the scenes and nothing else: photographs, text and questions in other words are beyond it.
+- One token holds a sparse scene; dense ones need two to eight.
+- It was trained on single images: answers about several are guesses."""
 
 
 @dataclass(frozen=True)
@@ -178,17 +151,6 @@ class Recipe:
                 describe=True,
                 single=True,
             ),
-            Phase(
-                "videos",
-                1500,
-                7e-4,
-                "warmup_stable_decay",
-                (1, 1, 2, 2, 2, 2, 4, 4, 8, 0),
-                questions=6,
-                describe=True,
-                single=True,
-                videos=True,
-            ),
         )
     )
 
@@ -196,6 +158,20 @@ class Recipe:
     def token_counts(self) -> tuple[int, ...]:
         """The numbers of VoCo tokens that the finished model was trained for."""
         return tuple(sorted(set(self.phases[-1].num_voco_tokens) - {0}))
+
+
+# Goes on from the last phase to short videos, with a frozen vision tower (the paper's second phase)
+VIDEOS = Phase(
+    "videos",
+    1500,
+    7e-4,
+    "warmup_stable_decay",
+    (1, 1, 2, 2, 2, 2, 4, 4, 8, 0),
+    questions=6,
+    describe=True,
+    single=True,
+    videos=True,
+)
 
 
 class MuonSFTTrainer(MuonMixin, VoCoSFTTrainer):
@@ -536,13 +512,18 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
         "num_parameters": model.num_parameters(),
         "train_seconds": round(sum(log["seconds"] for log in logs)),
         **{split: asdict(result) for split, result in results.items()},
-        "videos": asdict(videos),
     }
+    if recipe.phases[-1].videos:
+        videos = evaluate_videos(
+            model, processor, "test", recipe.token_counts, limit=recipe.num_test_clips, seed=recipe.seed
+        )
+        print_video_results(videos)
+        plot_video_results(videos, part / "videos.png")
+        summary["videos"] = asdict(videos)
     (part / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_results(results["test"], part / "results.png")
-    plot_video_results(videos, part / "videos.png")
     plot_training(logs, part / "training.png")
-    (part / "README.md").write_text(model_card(summary))
+    write_card(part, os.path.relpath(output_dir), **model_card(summary, output_dir.name))
 
     if output_dir.exists():
         old = output_dir.with_name(f".{output_dir.name}.old")
@@ -555,22 +536,19 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
         part.rename(output_dir)
 
 
-def model_card(summary: dict) -> str:
-    """Fills the model card with the results on the test split."""
+def model_card(summary: dict, name: str) -> dict[str, Any]:
+    """What the card of the checkpoint says beyond what every card does, see [`make_card`]."""
     test = summary["test"]
-    rows = []
-    for difficulty in DIFFICULTIES:
-        uncompressed = test["accuracy"][UNCOMPRESSED][difficulty]["all"]
-        for mode, scores in test["accuracy"].items():
-            accuracy, blind = scores[difficulty]["all"], test["blind"][mode][difficulty]["all"]
-            numbers = (accuracy, blind, retention(accuracy, blind, uncompressed))
-            rows.append(f"| {difficulty} | {mode} | {' | '.join(f'{100 * number:.1f}' for number in numbers)} |")
-    return MODEL_CARD.format(
-        millions=summary["num_parameters"] / 1e6,
-        num_scenes=test["num_scenes"],
-        num_questions=sum(counts["all"] for counts in test["num_questions"].values()),
-        rows="\n".join(rows),
-    )
+    num_questions = sum(counts["all"] for counts in test["num_questions"].values())
+    return {
+        "name": name,
+        "license": "apache-2.0",
+        "language": "en",
+        "description": DESCRIPTION.format(millions=summary["num_parameters"] / 1e6),
+        "results_text": RESULTS.format(num_scenes=test["num_scenes"], num_questions=num_questions),
+        "training_text": TRAINING,
+        "limits": LIMITS,
+    }
 
 
 def main(
@@ -579,9 +557,12 @@ def main(
     resume: Annotated[bool, typer.Option(help="Continue what an interrupted run has left in the work folder.")] = True,
     num_proc: Annotated[int | None, typer.Option(help="Processes that draw scenes.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the layers; needs a C++ compiler.")] = True,
+    videos: Annotated[bool, typer.Option("--videos", help="Go on to short videos at the end.")] = False,
 ) -> None:
     """Draw the scenes, train the tokenizer and the model, evaluate it and write the checkpoint."""
     recipe = Recipe()
+    if videos:
+        recipe = replace(recipe, phases=(*recipe.phases, VIDEOS))
     if not resume:
         shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True, exist_ok=True)

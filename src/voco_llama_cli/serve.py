@@ -1,0 +1,65 @@
+"""`voco-llama serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DeviceOption, DtypeOption, check_extra
+
+
+SERVE_EXTRA = ("fastapi", "openai", "uvicorn")
+SHUTDOWN_SECONDS = 5
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Model folder or Hub id. By default the small one of the package."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    model_id: Annotated[str | None, typer.Option(help="What clients call the model. By default its name.")] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", "-s", help="Keep compressed images in this store as well."),
+    ] = None,
+    image_cache_mb: Annotated[int, typer.Option(min=0, help="Megabytes of compressed images in memory.")] = 256,
+    allow_remote_images: Annotated[
+        bool, typer.Option("--allow-remote-images", help="Fetch images from URLs of public addresses.")
+    ] = False,
+    max_request_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a request, images included.")] = 20,
+    max_megapixels: Annotated[int, typer.Option(min=1, max=100, help="Megapixels of an image.")] = 50,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that are answered or wait at a time.")] = 64,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Serve a model with OpenAI's chat completions.
+
+    voco-llama serve voco-llama-7b --store photos.voco
+
+    An image that was seen before is answered from its compressed form: prompt_tokens_details.cached_tokens says so.
+    """
+    check_extra("serve", "serve", SERVE_EXTRA)
+    from .loading import find_model, load_model
+
+    name = find_model(model)
+    network, processor = load_model(name, device, dtype)
+
+    import uvicorn
+
+    from voco_llama_hf.serving import Limits, build_app
+
+    limits = Limits(max_request_mb * 1_000_000, max_megapixels * 1_000_000, max_images, max_tokens, max_queue)
+    model_id = model_id or (Path(name).absolute().name if Path(name).is_dir() else name)
+    app = build_app(network, processor, model_id, limits, image_cache_mb * 1_000_000, store, allow_remote_images)
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        address = f"[{host}]" if ":" in host else host
+        typer.echo(f"{model_id} at http://{address}:{listener.getsockname()[1]}/v1")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        uvicorn.Server(config).run(sockets=[listener])

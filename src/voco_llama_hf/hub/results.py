@@ -1,0 +1,130 @@
+"""Evaluation results in the Hub's model-index form, with the settings of the compression."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+
+TASK = "image-text-to-text"
+UNCOMPRESSED = "uncompressed"
+SCENES = "voco-scenes"
+
+
+def eval_result(
+    dataset: str,
+    metric: str,
+    value: float,
+    num_voco_tokens: int | None,
+    config: str | None = None,
+    split: str | None = None,
+) -> EvalResult:
+    """
+    One figure of a model.
+
+    Args:
+        dataset (`str`):
+            Name of the data, or its id on the Hub.
+        metric (`str`):
+            Name of the metric, as in `"exact_match"`.
+        value (`float`):
+            The figure; shares in percent.
+        num_voco_tokens (`int`, *optional*):
+            VoCo tokens that an image was read from; `None` for uncompressed images.
+        config, split (`str`, *optional*):
+            Part of the data.
+    """
+    args = {"attention_mode": UNCOMPRESSED}
+    reading = UNCOMPRESSED if num_voco_tokens is None else f"k={num_voco_tokens}"
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=dataset,
+        dataset_name=f"{dataset}, {config}" if config else dataset,
+        dataset_config=config,
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=f"{metric.replace('_', ' ')}, {reading}",
+        metric_value=round(value, 4),
+        metric_args=args if num_voco_tokens is None else {"num_voco_tokens": num_voco_tokens},
+    )
+
+
+def scenes_eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    """
+    Figures of [`~voco_llama_hf.training.evaluation.ScenesResults`], given as its fields: exact match, the same with
+    the images of other scenes, and the share of what seeing adds that compression keeps, all in percent.
+    """
+    figures = []
+    for reading, scores in results["accuracy"].items():
+        k = None if reading == UNCOMPRESSED else int(reading.removeprefix("k="))
+        for difficulty, families in scores.items():
+
+            def figure(metric: str, share: float, config: str = difficulty, k: int | None = k) -> EvalResult:
+                return eval_result(SCENES, metric, 100 * share, k, config, results["split"])
+
+            seen = families["all"]
+            figures.append(figure("exact_match", seen))
+            if reading not in results["blind"]:
+                continue
+            blind = results["blind"][reading][difficulty]["all"]
+            figures.append(figure("exact_match_shuffled", blind))
+            full = results["accuracy"].get(UNCOMPRESSED, {}).get(difficulty, {}).get("all", blind)
+            if full != blind:
+                figures.append(figure("retention", (seen - blind) / (full - blind)))
+    return figures
+
+
+def load_eval_results(path: Path) -> list[EvalResult]:
+    """
+    Reads what `voco-llama evaluate --output` wrote, or the `results.json` of the embedded checkpoint.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        results = json.loads(path.read_text())
+        return scenes_eval_results(results.get("test", results))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what voco-llama evaluate --output writes ({error!r})") from error
+
+
+def merge_eval_results(old: Sequence[EvalResult], new: Sequence[EvalResult]) -> list[EvalResult]:
+    """Old figures and new ones, which take the place of old ones of the same metric and settings."""
+    kept = [figure for figure in old if not any(figure.is_equal_except_value(other) for other in new)]
+    return [*kept, *new]
+
+
+def results_tables(figures: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """One table a data set: a row for every setting of the compression, a column for every metric."""
+    tables: dict[tuple, dict[str, Any]] = {}
+    for figure in figures:
+        key = figure.dataset_name, figure.dataset_split
+        table = tables.setdefault(key, {"name": figure.dataset_name, "split": figure.dataset_split, "rows": {}})
+        table["rows"].setdefault(reading_of(figure), {})[figure.metric_type] = figure.metric_value
+    for table in tables.values():
+        table["metrics"] = list(dict.fromkeys(metric for row in table["rows"].values() for metric in row))
+        table["rows"] = {
+            reading: [format_value(row.get(metric)) for metric in table["metrics"]]
+            for reading, row in table["rows"].items()
+        }
+    return list(tables.values())
+
+
+def reading_of(figure: EvalResult) -> str:
+    """What the images were read from, as it stands in a table."""
+    args = figure.metric_args or {}
+    if "num_voco_tokens" in args:
+        return f"k = {args['num_voco_tokens']}"
+    return str(args.get("attention_mode", ""))
+
+
+def format_value(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
+    return "" if value is None else str(value)
+
+
+__all__ = ["eval_result", "load_eval_results", "merge_eval_results", "results_tables", "scenes_eval_results"]

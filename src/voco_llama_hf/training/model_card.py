@@ -1,0 +1,95 @@
+"""What a trainer knows of its own run, for the model card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
+from peft import PeftModel
+
+from ..hub import eval_result, make_card
+from ..hub.card import save_card
+from .distillation import bare
+
+
+EVALUATED = {"eval_loss": ("loss", 1), "eval_mean_token_accuracy": ("token_accuracy", 100)}
+
+
+def write_training_card(trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]) -> Path:
+    """Writes the card of what [`VoCoSFTTrainer`] trains to its output folder, or refreshes the one that is there."""
+    args, config = trainer.args, bare(trainer.model).config
+    folder = Path(args.output_dir)
+    path = folder / REPOCARD_NAME
+    origin = config._name_or_path
+    datasets = [dataset_name] if dataset_name is not None else []
+    label = Path(dataset_name).name if dataset_name is not None and os.path.exists(dataset_name) else dataset_name
+    card = make_card(
+        config,
+        trainer.processing_class,
+        trainer.hub_model_id or args.output_dir,
+        ModelCard.load(path) if path.is_file() else None,
+        name=model_name or folder.absolute().name,
+        base_model=None if not origin or os.path.isdir(origin) else origin,
+        base_model_relation="adapter" if isinstance(trainer.model, PeftModel) else "finetune",
+        # Those of the Hub, which a path of this machine is not
+        datasets=[name for name in datasets if "/" in name and not os.path.exists(name)],
+        tags=tags,
+        eval_results=training_results(trainer, label),
+        training=training_text(trainer),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return save_card(card, folder)
+
+
+def training_results(trainer: Any, dataset_name: str | None) -> list[EvalResult]:
+    """Figures of the last evaluation on the data that are named."""
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
+    if dataset_name is None or not evaluated:
+        return []
+    # An evaluation reads with the first choice
+    return [
+        eval_result(dataset_name, metric, scale * evaluated[-1][key], choices[0] or None, split="eval")
+        for key, (metric, scale) in EVALUATED.items()
+        if key in evaluated[-1]
+    ]
+
+
+def training_text(trainer: Any) -> str:
+    """Markdown: a table of how it was trained and what came out."""
+    args, state = trainer.args, trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    choices = [str(k or "uncompressed") for k in args.num_voco_tokens or []]
+    adapters = trainer.model.peft_config["default"].peft_type.value if isinstance(trainer.model, PeftModel) else None
+    distillation = f"weight {args.distillation_weight}, teacher `{args.teacher}`" if args.distillation_weight else None
+    rows = {
+        "method": "supervised fine-tuning under the VoCo mask, with [TRL](https://github.com/huggingface/trl)",
+        "adapters": adapters,
+        "VoCo tokens, drawn for every step": ", ".join(choices) or None,
+        "distillation": distillation,
+        "not trained": ", ".join(f"`{name}`" for name in args.freeze) or None,
+        "steps": f"{state.global_step:,}",
+        "epochs": f"{state.epoch:.2f}" if state.epoch else None,
+        "examples a step": f"{batch_size:,}",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
+        "training loss, last logged": f"{losses[-1]:.4f}" if losses else None,
+        "evaluation loss": f"{evaluated[-1]['eval_loss']:.4f}" if evaluated else None,
+        "hardware": hardware(args),
+        "versions": f"transformers {transformers.__version__}, TRL {trl.__version__}, PyTorch {torch.__version__}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def hardware(args: Any) -> str:
+    """What the run was trained on."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    return f"{args.world_size} x {name}"

@@ -1,0 +1,189 @@
+"""What holds the server together: the memory of images, what may be fetched, and cancelled answers."""
+
+import asyncio
+import socket
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import uvicorn
+from fastapi import HTTPException
+from hypothesis import given
+from hypothesis import strategies as st
+from modeling.helpers import build_processor, tiny_model
+from openai import OpenAI
+
+from voco_llama_hf import VoCoCache
+from voco_llama_hf.serving import Limits, build_app
+from voco_llama_hf.serving.image_cache import ImageCache, hash_bytes
+from voco_llama_hf.serving.remote_images import ImageLoader, is_public
+from voco_llama_hf.store import hash_file
+
+
+def entry(num_voco_tokens: int) -> VoCoCache:
+    """An image of 64 bytes a token."""
+    keys = torch.zeros(num_voco_tokens, 1, 2, 4)
+    return VoCoCache(keys, keys, [num_voco_tokens], {"weights": "none"})
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 4)), max_size=40), st.integers(0, 600))
+def test_memory_is_bounded_and_keeps_what_was_used_last(asked, max_bytes):
+    images = ImageCache(max_bytes)
+    reference: list[tuple[str, int]] = []
+    for key in asked:
+        cache, known = images.get_or_compress(*key, lambda key=key: entry(key[1]))
+        assert known == (key in reference)
+        assert cache.num_voco_tokens == key[1]
+        reference = [*(other for other in reference if other != key), key]
+        while sum(64 * k for _, k in reference) > max_bytes:
+            reference.pop(0)
+        assert images.nbytes == sum(64 * k for _, k in reference) <= max_bytes
+        assert len(images) == len(reference)
+
+
+def test_an_image_has_one_name_here_and_in_a_store(tmp_path):
+    (tmp_path / "image").write_bytes(b"content")
+    assert hash_bytes(b"content") == hash_file(tmp_path / "image")
+
+
+def test_public_addresses():
+    for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
+        assert is_public(address)
+    private = """127.0.0.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 224.0.0.1 255.255.255.255
+        ::1 :: fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1::
+        2002:a00:1::1"""
+    for address in private.split():
+        assert not is_public(address), address
+
+
+class Site(BaseHTTPRequestHandler):
+    """`/image`, `/large`, `/missing`, and `/to/URL`, which redirects."""
+
+    def do_GET(self):
+        self.server.hosts.append(self.headers["Host"])
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = {"/image": b"image", "/large": b"x" * 2000}.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.hosts = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def load(url: str, is_allowed=is_public) -> bytes:
+    return asyncio.run(ImageLoader(True, 1000, is_allowed).load(url))
+
+
+def test_fetching(site):
+    """127.0.0.1 plays the public internet here, and 127.0.0.2 what is private."""
+    port = site.server_address[1]
+    base = f"http://127.0.0.1:{port}"
+
+    def public(address: str) -> bool:
+        return address == "127.0.0.1"
+
+    assert load(f"{base}/image", public) == b"image"
+    assert load(f"{base}/to/{base}/image", public) == b"image"
+    assert load(f"{base}/to//image", public) == b"image"
+    for url, status, message in (
+        (f"{base}/large", 413, "larger than 1,000 bytes"),
+        (f"{base}/missing", 400, "answers 404"),
+        (f"{base}/to/http://127.0.0.2:{port}/image", 400, "not a public address"),
+        (f"{base}/to/file:///etc/passwd", 400, "not an http"),
+        (f"{base}/to/" + f"{base}/to/" * 4 + f"{base}/image", 400, "redirects"),
+        ("http://127.0.0.1:1/image", 400, "cannot be fetched"),
+        ("http://", 400, "is not an http"),
+    ):
+        with pytest.raises(HTTPException, match=message) as error:
+            load(url, public)
+        assert error.value.status_code == status
+    assert all(host == f"127.0.0.1:{port}" for host in site.hosts)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "user@127.0.0.1"],
+)
+def test_private_addresses_are_never_connected_to(site, host):
+    before = len(site.hosts)
+    with pytest.raises(HTTPException) as error:
+        load(f"http://{host}:{site.server_address[1]}/image")
+    assert error.value.status_code == 400
+    assert len(site.hosts) == before
+
+
+@pytest.fixture
+def running():
+    """A server in this process, of a random model that never ends an answer by itself."""
+    processor = build_processor()
+    model = tiny_model(voco_token_id=processor.image_token_id)
+    app = build_app(model, processor, "tiny", Limits(max_tokens=400, max_queue=2))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield model, app, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join()
+    listener.close()
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_cancelled_stream_is_not_computed_to_its_end(running):
+    model, app, url = running
+    steps = []
+    model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    client = OpenAI(base_url=url, api_key="none", max_retries=0)
+    options = {"model": "tiny", "messages": [{"role": "user", "content": "What?"}]}
+    stream = client.chat.completions.create(**options, stream=True)
+    next(iter(stream))
+    assert app.under_way == 1
+    stream.close()
+    wait_until(lambda: app.under_way == 0)
+    # The thread that computes takes the next one up only when it is done with the last
+    answer = client.chat.completions.create(**options, max_tokens=1)
+    assert answer.usage.completion_tokens == 1
+    assert 1 < len(steps) < 300
+
+
+def test_a_request_that_does_not_arrive(running):
+    """Of a body that is announced and not sent, and of one that is larger than announced."""
+    _, app, url = running
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    app.limits = replace(app.limits, read_seconds=0.2, max_request_bytes=1000)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    for request, status in (
+        (head + b"Content-Length: 50\r\n\r\n{", b"408"),
+        (head + b"Content-Length: 5000\r\n\r\n", b"413"),
+        (head + b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000 + b"\r\n0\r\n\r\n", b"413"),
+    ):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(request)
+            assert connection.recv(100).split()[1] == status
+    wait_until(lambda: app.under_way == 0)

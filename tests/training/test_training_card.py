@@ -1,0 +1,37 @@
+"""The card that the trainer writes at the end."""
+
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from training.sft_helpers import losses, make_trainer
+
+
+def test_the_card_has_the_figures_of_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, num_voco_tokens=[2, 1, 0], eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert f"| training loss, last logged | {losses(trainer)[-1]:.4f} |" in card.text
+    assert f"| evaluation loss | {losses(trainer, 'eval_loss')[-1]:.4f} |" in card.text
+    assert "| VoCo tokens, drawn for every step | 2, 1, uncompressed |" in card.text
+    assert "| steps | 2 |" in card.text
+    assert {"trl", "sft", "voco-llama"} <= set(card.data.tags)
+    assert (tmp_path / "attention.png").is_file()
+
+    # As the script does, which knows the name of the data; what a person wrote stays
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text().replace("## Limits", "It likes noise.\n\n## Limits"))
+    trainer.create_model_card(dataset_name="org/noise")
+    card = ModelCard.load(path)
+    assert "It likes noise." in card.text and card.data.datasets == ["org/noise"]
+    figures = {figure.metric_type: figure for figure in card.data.eval_results}
+    assert figures["loss"].metric_value == round(losses(trainer, "eval_loss")[-1], 4)
+    assert figures["loss"].metric_args == {"num_voco_tokens": 2}
+
+
+def test_adapters_are_called_so(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(target_modules=["q_proj"]))
+    trainer.model.base_model.model.config._name_or_path = "org/base"
+    trainer.create_model_card(tags="cats")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "adapter")
+    assert "| adapters | LORA |" in card.text and "cats" in card.data.tags
