@@ -113,7 +113,7 @@ def test_accelerate_launches_what_its_configuration_says(invoke, tmp_path, scene
         (
             ["--config", "none"],
             2,
-            "--config takes a YAML file or one of lora-24gb, paper, qlora-24gb, tiny, got 'none'",
+            "--config takes a YAML file or one of lora-24gb, paper, paper-video, qlora-24gb, tiny, got 'none'",
         ),
         (["--config"], 2, "--config needs a value"),
         (["--accelerate_config=none"], 2, "--accelerate_config takes a YAML file or one of ddp, fsdp2, zero3"),

@@ -68,11 +68,11 @@ class CostModel:
         projector = 2 * self.num_vision_tokens * self.projector_weights
         return embedding + 2 * tokens * self.vision_weights + attention + projector
 
-    def text_flops(self, num_tokens: int) -> int:
-        """One pass of the language model over new tokens, without its head."""
+    def text_flops(self, num_tokens: int, num_cached: int = 0) -> int:
+        """One pass of the language model over new tokens behind some that are cached, without its head."""
         text = self.config.text_config
         layers, _, head_dim = key_value_shape(text)
-        attention = 4 * num_tokens**2 * text.num_attention_heads * head_dim * layers
+        attention = 4 * num_tokens * (num_cached + num_tokens) * text.num_attention_heads * head_dim * layers
         return 2 * num_tokens * self.text_weights + attention
 
     def nbytes(self, num_tokens: int) -> int:
@@ -87,7 +87,7 @@ class CostModel:
             num_voco_tokens,
             self.nbytes(num_voco_tokens),
             compression,
-            self.text_flops(num_voco_tokens + num_text_tokens) + 2 * self.head_weights,
+            self.text_flops(num_text_tokens, num_cached=num_voco_tokens) + 2 * self.head_weights,
         )
 
     def uncompressed(self, num_text_tokens: int) -> ImageCost:
