@@ -119,6 +119,19 @@ def test_text_groups_are_read_as_if_each_were_alone(rows, questions, padding_sid
             torch.testing.assert_close(ours[its_groups == number], theirs[-len(question) :], **TOLERANCE)
 
 
+def test_two_stages_under_autocast():
+    """Keys and values have data types of their own there."""
+    rows = [[[20, 21], Image(0, 2), [22, 23]], [Image(1, 1), [24]]]
+    batch, images = short_batch(rows, MODEL.config, "right"), pixels(2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        single, stages = (MODEL(**batch, pixel_values=images, use_cache=cache).logits for cache in (False, True))
+        groups = torch.ones_like(batch["input_ids"]).masked_fill(batch["input_ids"] == MODEL.config.voco_token_id, 0)
+        grouped = MODEL(**batch, pixel_values=images, text_groups=groups, two_stages=True, use_cache=False).logits
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(stages[mask], single[mask], atol=0.05, rtol=0.05)
+    assert grouped.isfinite().all()
+
+
 def test_text_groups_of_images_that_are_compressed_already():
     ids, groups = torch.tensor([[127, 20, 21]]), torch.tensor([[0, 1, 2]])
     with torch.no_grad():

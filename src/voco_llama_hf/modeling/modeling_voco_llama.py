@@ -103,10 +103,10 @@ class InjectionCache(Cache):
         if len(self.rows) > 0:
             places = self.rows.to(key_states.device), self.columns.to(key_states.device)
             for kind, among in enumerate(self.among):
-                by_token = states[kind].transpose(1, 2).index_put(places, among[layer_idx].to(key_states))
+                by_token = states[kind].transpose(1, 2).index_put(places, among[layer_idx].to(states[kind]))
                 states[kind] = by_token.transpose(1, 2)
         if self.num_front > 0:
-            front = [kind[layer_idx].to(key_states) for kind in self.front]
+            front = [kind[layer_idx].to(own) for kind, own in zip(self.front, states)]
             layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
             if type(layer) is DynamicLayer and not layer.is_initialized:
                 # What it holds it copies with every update anyway
