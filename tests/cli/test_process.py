@@ -45,7 +45,11 @@ def test_ctrl_c(checkpoint, tmp_path):
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     process = subprocess.Popen(
-        [COMMAND, "ask", "--model", checkpoint, pipe, "What?"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [COMMAND, "ask", "--model", checkpoint, pipe, "What?"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Tests that run in the background of a shell inherit that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     # Opening the pipe waits until the command has opened it too, and now waits for the image
     with pipe.open("wb"):

@@ -169,7 +169,8 @@ def test_a_cancelled_stream_is_not_computed_to_its_end(running):
     # The thread that computes takes the next one up only when it is done with the last
     answer = client.chat.completions.create(**options, max_tokens=1)
     assert answer.usage.completion_tokens == 1
-    assert 1 < len(steps) < 300
+    # One for the answer; the stream may be gone before its first, and has some 1,000
+    assert 1 <= len(steps) < 300
 
 
 def test_a_request_that_does_not_arrive(running):
