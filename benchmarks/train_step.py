@@ -31,7 +31,7 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from voco_llama_hf.training.evaluation import written_aside
+from voco_llama_hf.files import written_aside
 from voco_llama_hf.training.readers import as_llava
 
 

@@ -71,9 +71,10 @@ def ask(
     check_sampling_options(num_frames, fps)
     check_video_extra(images)
     from voco_llama_hf.images import open_image
+    from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
     from voco_llama_hf.videos import is_video
 
-    from .loading import count_vision_tokens, find_model, load_model
+    from .loading import find_model, load_model
 
     name = find_model(model)
     pictures = [path if is_video(path) else open_image(path) for path in images]

@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import UsageProblem
-from .options import Dtype, DtypeOption, ForceOption, ModelOption, check_output, check_train_extra, parse_numbers
+from .options import (
+    Dtype,
+    DtypeOption,
+    ForceOption,
+    ModelOption,
+    check_output,
+    check_plot,
+    check_train_extra,
+    parse_numbers,
+)
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PLOT_FORMATS = (".pdf", ".png", ".svg")
 TABLE_WIDTH = 140
 
 
@@ -87,8 +95,7 @@ def benchmark(
             check_output(path, force)
     if plot is not None:
         check_train_extra("--plot", ["matplotlib"])
-        if plot.suffix.lower() not in PLOT_FORMATS:
-            raise UsageProblem(f"{plot} can be drawn as {', '.join(PLOT_FORMATS)} only")
+        check_plot(plot)
 
     import torch
     from rich.console import Console
@@ -96,6 +103,7 @@ def benchmark(
     from voco_llama_hf.benchmark.report import make_sheets, plot_results
     from voco_llama_hf.benchmark.results import about, count
     from voco_llama_hf.benchmark.suite import NOT_MEASURED, Suite
+    from voco_llama_hf.files import written_aside
 
     console = Console(width=max(Console().width, TABLE_WIDTH))
     with Console(stderr=True).status("Loading") as status:
@@ -113,9 +121,11 @@ def benchmark(
     for sheet in sheets:
         sheet.print(console)
     if output is not None:
-        write_aside(output, json.dumps(results, indent=2) + "\n")
+        with written_aside(output) as part:
+            part.write_text(json.dumps(results, indent=2) + "\n")
     if markdown is not None:
-        write_aside(markdown, "\n\n".join(sheet.markdown() for sheet in sheets) + "\n")
+        with written_aside(markdown) as part:
+            part.write_text("\n\n".join(sheet.markdown() for sheet in sheets) + "\n")
     if plot is not None:
         plot_results(results, plot)
 
@@ -156,13 +166,3 @@ def check_numbers(text: str, option: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise UsageProblem(f"{option} takes numbers from 1 on, got {text!r}")
     return numbers
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a file in one piece."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -41,7 +41,7 @@ def compress(
 
     for image in images:
         check_image(image)
-    from .loading import count_vision_tokens, find_model, load_model
+    from .loading import find_model, load_model
 
     name = find_model(model)
     network, processor = load_model(name, device, dtype)
@@ -50,6 +50,7 @@ def compress(
     from rich.progress import track
 
     from voco_llama_hf.modeling import VoCoCache
+    from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
 
     count = num_voco_tokens or processor.num_voco_tokens
     caches = []

@@ -18,6 +18,7 @@ from .options import (
     ForceOption,
     ModelOption,
     check_output,
+    check_plot,
     check_train_extra,
     join_numbers,
     parse_numbers,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
-PLOT_FORMATS = (".pdf", ".png", ".svg")
 TABLE_WIDTH = 120
 NUMBERS_OPTIONS = ("--num-voco-tokens", "-k")
 
@@ -107,8 +107,7 @@ def evaluate(
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
-    if plot is not None and plot.suffix.lower() not in PLOT_FORMATS:
-        raise UsageProblem(f"{plot} can be drawn as {', '.join(PLOT_FORMATS)} only")
+    check_plot(plot)
     if suite is not Suite.retention:
         evaluate_model(suite, model, split.value, counts, limit, batch_size, output, plot, device, dtype)
     else:
@@ -196,7 +195,7 @@ def compare_compressors(
     """Trains and asks everything of the retention suite."""
     import json
 
-    from voco_llama_hf.training.evaluation import written_aside
+    from voco_llama_hf.files import written_aside
     from voco_llama_hf.training.retention.report import make_rows, plot_rows, print_rows, to_markdown
     from voco_llama_hf.training.retention.study import Study, run_study
     from voco_llama_hf.training.scenes import DIFFICULTIES

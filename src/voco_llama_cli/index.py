@@ -77,7 +77,7 @@ def index(
             args.append("--8bit" if eight_bit else "--no-8bit")
         return launch(num_processes, ["index", str(folder), *args])
 
-    from .loading import count_vision_tokens, find_model, load_model
+    from .loading import find_model, load_model
 
     name = find_model(model)
     from voco_llama_hf.store.indexing import Indexer, Sampling, find_files
@@ -87,6 +87,7 @@ def index(
     check_video_extra(files)
     processes = Processes()
     network, processor = load_model(name, device or own_device(processes.local_rank, processes.number), dtype)
+    from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
     from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
 
     sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps)
@@ -148,10 +149,9 @@ def show(results: Iterable[Indexed], indexer: Indexer, number: int, vision_token
 
 def bytes_of_token(indexer: Indexer) -> int:
     """Keys and values of a token in the model's own precision."""
-    from voco_llama_hf.modeling.configuration_voco_llama import key_value_shape
+    from voco_llama_hf.modeling.configuration_voco_llama import cache_bytes
 
-    layers, heads, head_dim = key_value_shape(indexer.model.config.text_config)
-    return 2 * layers * heads * head_dim * indexer.model.dtype.itemsize
+    return cache_bytes(indexer.model.config, 1, indexer.model.dtype)
 
 
 def summarize(indexer: Indexer, num_files: int, failures: dict[str, str], vision_tokens: int) -> None:

@@ -18,7 +18,7 @@ from .options import Dtype
 if TYPE_CHECKING:
     import torch
 
-    from voco_llama_hf.modeling import VoCoLlamaConfig, VoCoLlamaProcessor
+    from voco_llama_hf.modeling import VoCoLlamaProcessor
 
 
 def find_model(name: str | None) -> str:
@@ -135,11 +135,3 @@ def silence_transformers() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     enable_progress_bars()
-
-
-def count_vision_tokens(config: VoCoLlamaConfig) -> int:
-    """Vision tokens of an image, which its VoCo tokens stand for."""
-    vision = config.to_dict()["vision_config"]
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    has_class_token = vision["model_type"] == "clip_vision_model" and config.vision_feature_select_strategy == "full"
-    return patches + has_class_token

@@ -13,6 +13,9 @@ import typer
 from .errors import UsageProblem
 
 
+PLOT_FORMATS = (".pdf", ".png", ".svg")
+
+
 class Dtype(str, Enum):
     """Data types a model can run in or be stored in."""
 
@@ -114,6 +117,15 @@ def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
         raise UsageProblem(f"{path} exists: give another name, or --force to replace it")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UsageProblem(f"{path} cannot be written: permission denied")
+
+
+def check_plot(path: Path | None) -> None:
+    """
+    Raises:
+        UsageProblem: if a picture is asked for in a format that cannot be drawn.
+    """
+    if path is not None and path.suffix.lower() not in PLOT_FORMATS:
+        raise UsageProblem(f"{path} can be drawn as {', '.join(PLOT_FORMATS)} only")
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:

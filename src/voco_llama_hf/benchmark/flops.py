@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
+from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens
 from .presets import build_model
-from .question import FULL_CACHE, VOCO_CACHE, WAYS, Question, cache_bytes, count_vision_tokens, fresh, make_networks
+from .question import FULL_CACHE, VOCO_CACHE, WAYS, Question, fresh, make_networks
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
-from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from ..modeling.configuration_voco_llama import key_value_shape
+from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration
+from ..modeling.configuration_voco_llama import count_vision_tokens, key_value_shape
 from ..training.readers import as_llava
 
 
@@ -30,21 +30,6 @@ def as_text_model(model: VoCoLlamaForConditionalGeneration) -> PreTrainedModel:
     text_model.lm_head = model.lm_head
     text_model.generation_config = model.generation_config
     return text_model.eval()
-
-
-def count_vision_tokens(config: VoCoLlamaConfig) -> int:
-    """Vision tokens of an image."""
-    vision: Any = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    has_class_token = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
-    return patches + has_class_token
-
-
-def cache_bytes(config: VoCoLlamaConfig, num_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of a number of tokens."""
-    text_config: Any = config.text_config
-    layers, heads, head_dim = key_value_shape(text_config)
-    return 2 * layers * heads * head_dim * num_tokens * dtype.itemsize
 
 
 @dataclass

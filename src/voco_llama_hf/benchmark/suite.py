@@ -9,6 +9,7 @@ import torch
 from transformers import CompileConfig
 
 from ..modeling import VoCoLlamaForConditionalGeneration
+from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens
 from .flops import run_bare_passes
 from .measure import (
     alternate,
@@ -26,8 +27,6 @@ from .question import (
     VOCO_CACHE,
     WAYS,
     Question,
-    cache_bytes,
-    count_vision_tokens,
     fresh,
     make_networks,
 )

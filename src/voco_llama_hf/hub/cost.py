@@ -7,10 +7,8 @@ import torch
 from transformers import AutoModel
 from transformers.modeling_utils import set_zero3_state
 
-from voco_llama_cli.loading import count_vision_tokens
-
 from ..modeling import VoCoLlamaConfig
-from ..modeling.configuration_voco_llama import key_value_shape
+from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens, key_value_shape
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,7 @@ class CostModel:
 
     def nbytes(self, num_tokens: int) -> int:
         """Keys and values of tokens, in the data type of the checkpoint."""
-        layers, heads, head_dim = key_value_shape(self.config.text_config)
-        return 2 * layers * heads * head_dim * num_tokens * (self.config.dtype or torch.float32).itemsize
+        return cache_bytes(self.config, num_tokens, self.config.dtype or torch.float32)
 
     def compressed(self, num_voco_tokens: int, num_text_tokens: int) -> ImageCost:
         """An image that is compressed, and a question about it."""

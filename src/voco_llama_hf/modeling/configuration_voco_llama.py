@@ -1,7 +1,8 @@
 """VoCo-LLaMA model configuration."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
 
@@ -78,6 +79,21 @@ def key_value_shape(text_config: PreTrainedConfig) -> tuple[int, int, int]:
     """Layers, key-value heads and head size of a text model."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return text_config.num_hidden_layers, text_config.num_key_value_heads, head_dim
+
+
+def count_vision_tokens(config: "VoCoLlamaConfig") -> int:
+    """Vision tokens of an image, which its VoCo tokens stand for."""
+    vision: Any = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    has_class_token = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
+    return patches + has_class_token
+
+
+def cache_bytes(config: "VoCoLlamaConfig", num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of a number of tokens."""
+    text_config: Any = config.text_config
+    layers, heads, head_dim = key_value_shape(text_config)
+    return 2 * layers * heads * head_dim * num_tokens * dtype.itemsize
 
 
 def layer_types(text_config: PreTrainedConfig) -> set[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..files import written_aside
 from .readers import Reader, preprocess, uncompressed_reader, voco_reader
 from .scenes import DIFFICULTIES, FAMILIES, make_scenes
 
@@ -23,17 +22,6 @@ from .scenes import DIFFICULTIES, FAMILIES, make_scenes
 Scores = dict[str, dict[str, float]]
 
 UNCOMPRESSED = "uncompressed"
-
-
-@contextmanager
-def written_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when all is written."""
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @dataclass

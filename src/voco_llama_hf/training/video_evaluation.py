@@ -16,8 +16,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..files import written_aside
 from ..modeling import VoCoCache
-from .evaluation import written_aside
 from .moving_scenes import CHANCE, NUM_FRAMES, STILL, TEMPORAL_FAMILIES, make_clips
 from .readers import decode_answers, make_prompts
 

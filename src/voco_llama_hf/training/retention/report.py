@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluation import ScenesResults, retention, written_aside
+from ...files import written_aside
+from ..evaluation import ScenesResults, retention
 from ..scenes import FAMILIES
 from .study import CAUSAL, UPPER
 
