@@ -43,6 +43,7 @@ def main(output_dir, options):
         losses.append(accelerator.gather(loss.detach()[None]).mean().item())
     if accelerator.is_main_process:
         (Path(output_dir) / "losses.json").write_text(json.dumps({"loss": losses}))
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def main(output_dir, options, kill_at=0, resume=False):
     if trainer.accelerator.is_main_process:
         parts = {key: losses(trainer, key) for key in ("loss", "nll_loss", "distillation_loss", "grad_norm")}
         (Path(output_dir) / "losses.json").write_text(json.dumps(parts))
+    trainer.end()
 
 
 if __name__ == "__main__":

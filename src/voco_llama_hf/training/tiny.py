@@ -106,6 +106,7 @@ class Phase:
             to see, which a compressed image learns to keep.
         single (`bool`): Whether every question sees the image and itself only.
         videos (`bool`): Whether every other row is a video; needs `single`.
+        freeze (`tuple[str, ...]`): Modules that are not trained.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Phase:
     describe: bool = False
     single: bool = False
     videos: bool = False
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ VIDEOS = Phase(
     describe=True,
     single=True,
     videos=True,
+    freeze=("vision_tower",),
 )
 
 
@@ -313,7 +316,7 @@ def train_phase(
         gradient_checkpointing=False,
         num_voco_tokens=list(phase.num_voco_tokens),
         two_stages=phase.videos,
-        freeze=["vision_tower"] if phase.videos else [],
+        freeze=list(phase.freeze),
         assistant_only_loss=True,
         max_length=None,
         pad_to_multiple_of=8,
@@ -503,10 +506,6 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
     }
     for result in results.values():
         print_results(result)
-    videos = evaluate_videos(
-        model, processor, "test", recipe.token_counts, limit=recipe.num_test_clips, seed=recipe.seed
-    )
-    print_video_results(videos)
     summary = {
         "recipe": asdict(recipe),
         "num_parameters": model.num_parameters(),

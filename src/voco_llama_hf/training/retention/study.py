@@ -144,7 +144,15 @@ class Study:
             compile_layers(model)
         name = final.name.removesuffix("-final")
         phase = Phase(
-            name, self.steps, 1e-3, "cosine", arm.num_voco_tokens, questions=QUESTIONS, describe=True, single=True
+            name,
+            self.steps,
+            1e-3,
+            "cosine",
+            arm.num_voco_tokens,
+            questions=QUESTIONS,
+            describe=True,
+            single=True,
+            freeze=("vision_tower",),
         )
         options = {}
         if arm.distillation_weight > 0:
