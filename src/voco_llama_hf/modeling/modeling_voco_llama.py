@@ -43,6 +43,8 @@ ATTENTION_MODES = ("voco", "causal", "uncompressed")
 MASKABLE_ATTENTION = ("eager", "sdpa", "flex_attention")
 COMPRESSION_BATCH_SIZE = 16
 ROTATION_BLOCK_SIZE = 256  # tokens whose keys are rotated at a time, in float32
+# Behind columns that are left out attention needs a mask, which costs about as much as an eighth more columns
+MIN_FRONT_SHARE = 1 / 8
 
 # Checkpoints of the first LLaVA classes name their weights in an older way
 for name, llava_name in (("voco_llama", "llava"), ("VoCoLlamaModel", "LlavaModel")):
@@ -626,7 +628,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     ) -> LlavaModelOutputWithPast:
         """
         Second stage: the short sequence under plain causal attention, with the compressed images in place. Columns in
-        front of all text are not computed at all: nothing but their keys and values is ever read.
+        front of all text are left out where they are many: nothing but their keys and values is ever read.
 
         Args:
             images (`torch.Tensor` or `list[torch.Tensor]`): What [`get_image_features`] returned.
@@ -691,7 +693,10 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     def _count_front_columns(
         self, tokens: torch.Tensor, shape: torch.Size, attention_mask: Any, arguments: dict[str, Any]
     ) -> int:
-        """Columns of a pass that hold nothing but images, or padding, in every row, in front of all others."""
+        """
+        Columns to leave out of a pass: those that hold nothing but images, or padding, in every row, in front of all
+        others, unless they are few.
+        """
         config = self.config.text_config
         records_layers = arguments.get("output_attentions", config.output_attentions) or arguments.get(
             "output_hidden_states", config.output_hidden_states
@@ -706,7 +711,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         has_text = is_text.any(0)
         # At least one column is run, for the last hidden states
         has_text[-1] = True
-        return int(has_text.int().argmax())
+        num_front = int(has_text.int().argmax())
+        return num_front if num_front >= MIN_FRONT_SHARE * (shape[1] - num_front) else 0
 
 
 class VoCoLlamaForConditionalGeneration(
