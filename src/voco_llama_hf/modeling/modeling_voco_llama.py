@@ -76,32 +76,36 @@ class InjectionCache(Cache):
             The cache that is filled.
         front (`list[torch.Tensor]`):
             Keys and values `(batch_size, num_columns, layers, key_value_heads, head_dim)` of columns in front of all
-            text, which the pass leaves out.
+            text.
+        num_left_out (`int`):
+            How many of these columns the pass leaves out; it computes keys and values of the others in vain.
         among (`list[torch.Tensor]`):
             Keys and values `(num_tokens, layers, key_value_heads, head_dim)` that replace those of `<voco>` tokens of
             the pass.
         rows, columns (`torch.LongTensor` of shape `(num_tokens,)`):
-            Where these tokens stand in the pass.
+            Where these tokens stand behind the columns in front.
     """
 
     def __init__(
         self,
         cache: Cache,
         front: list[torch.Tensor],
+        num_left_out: int,
         among: list[torch.Tensor],
         rows: torch.Tensor,
         columns: torch.Tensor,
     ):
         super().__init__(layers=cache.layers)
         self.cache = cache
-        self.num_front = front[0].shape[1]
+        self.num_front, self.num_left_out = front[0].shape[1], num_left_out
         # Views by layer are made at once: in a short pass every call from Python counts
         self.front = [states.permute(2, 0, 3, 1, 4).unbind() for states in front]
         self.among = [states.unbind(1) for states in among]
         self.rows, self.columns = rows, columns
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        states = [key_states, value_states]
+        num_run = self.num_front - self.num_left_out
+        states = [key_states[:, :, num_run:], value_states[:, :, num_run:]]
         if len(self.rows) > 0:
             places = self.rows.to(key_states.device), self.columns.to(key_states.device)
             for kind, among in enumerate(self.among):
@@ -119,10 +123,10 @@ class InjectionCache(Cache):
         return self.cache.update(states[0], states[1], layer_idx, *args, **kwargs)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.cache.get_query_offset(layer_idx) + self.num_front
+        return self.cache.get_query_offset(layer_idx) + self.num_left_out
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.cache.get_mask_sizes(query_length + self.num_front, layer_idx)
+        return self.cache.get_mask_sizes(query_length + self.num_left_out, layer_idx)
 
 
 class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
@@ -656,7 +660,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         token_rows, token_columns = tokens.to(device).unbind(-1)
         keys = self.rotate_keys(states[:, 0], position_ids.expand(batch_size, -1)[token_rows, token_columns])
 
-        num_front = self._count_front_columns(tokens, voco_mask.shape, mask, kwargs)
+        num_front = count_front_columns(tokens, voco_mask.shape, attention_mask)
+        num_left_out = self._count_left_out(num_front, length, mask, kwargs)
         is_front = tokens[:, 1] < num_front
         front_tokens, other_tokens = (mask.nonzero().flatten().to(device) for mask in (is_front, ~is_front))
         places = token_rows[front_tokens], token_columns[front_tokens]
@@ -664,21 +669,22 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         injection = InjectionCache(
             cache,
             [place_tokens(select_tokens(kind, front_tokens), *places, (batch_size, num_front)) for kind in kinds],
+            num_left_out,
             [select_tokens(kind, other_tokens) for kind in kinds],
             token_rows[other_tokens],
             token_columns[other_tokens] - num_front,
         )
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds[:, num_front:],
+            inputs_embeds=inputs_embeds[:, num_left_out:],
             attention_mask=mask,
-            position_ids=position_ids[:, num_front:],
+            position_ids=position_ids[:, num_left_out:],
             past_key_values=injection,
             use_cache=True,
             **kwargs,
         )
         hidden_states, all_hidden_states = outputs.last_hidden_state, outputs.hidden_states
-        if num_front > 0:
-            hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, num_front, 0))
+        if num_left_out > 0:
+            hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, num_left_out, 0))
         if voco_hidden is not None:
             hidden_states = hidden_states.index_put((token_rows, token_columns), voco_hidden.to(hidden_states))
             if all_hidden_states is not None:
@@ -690,29 +696,15 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             attentions=outputs.attentions,
         )
 
-    def _count_front_columns(
-        self, tokens: torch.Tensor, shape: torch.Size, attention_mask: Any, arguments: dict[str, Any]
-    ) -> int:
-        """
-        Columns to leave out of a pass: those that hold nothing but images, or padding, in every row, in front of all
-        others, unless they are few.
-        """
+    def _count_left_out(self, num_front: int, length: int, attention_mask: Any, arguments: dict[str, Any]) -> int:
+        """Columns in front of all text that are not run: all of them, or none."""
         config = self.config.text_config
         records_layers = arguments.get("output_attentions", config.output_attentions) or arguments.get(
             "output_hidden_states", config.output_hidden_states
         )
-        is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
-        if records_layers or not is_plain:
-            return 0
-        is_text = torch.ones(shape, dtype=torch.bool)
-        is_text[tokens[:, 0], tokens[:, 1]] = False
-        if attention_mask is not None:
-            is_text &= attention_mask[:, -shape[1] :].cpu().bool()
-        has_text = is_text.any(0)
-        # At least one column is run, for the last hidden states
-        has_text[-1] = True
-        num_front = int(has_text.int().argmax())
-        return num_front if num_front >= MIN_FRONT_SHARE * (shape[1] - num_front) else 0
+        is_plain = attention_mask is None or tells_padding(attention_mask)
+        are_few = num_front < MIN_FRONT_SHARE * (length - num_front)
+        return 0 if records_layers or not is_plain or are_few else num_front
 
 
 class VoCoLlamaForConditionalGeneration(
@@ -842,6 +834,30 @@ def _rotate_block(keys: torch.Tensor, positions: torch.Tensor, rotary_emb: torch
     cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
     rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
     return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
+
+
+def tells_padding(attention_mask: Any) -> bool:
+    """Whether a mask is one of tokens, and not a finished one of who attends to whom."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
+def count_front_columns(tokens: torch.Tensor, shape: torch.Size, attention_mask: Any) -> int:
+    """
+    Columns that hold nothing but images, or padding, in every row, in front of all others.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(num_tokens, 2)`): Row and column of every `<voco>` token, on the host.
+        shape (`torch.Size`): Rows and columns.
+        attention_mask (`torch.Tensor`, *optional*): Padding is known if [`tells_padding`].
+    """
+    is_text = torch.ones(shape, dtype=torch.bool)
+    is_text[tokens[:, 0], tokens[:, 1]] = False
+    if tells_padding(attention_mask):
+        is_text &= attention_mask[:, -shape[1] :].cpu().bool()
+    has_text = is_text.any(0)
+    # At least one column is run, for the last hidden states
+    has_text[-1] = True
+    return int(has_text.int().argmax())
 
 
 def select_tokens(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
