@@ -11,7 +11,7 @@ from .modeling import (
 )
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 EMBEDDED_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "voco-scenes-tiny")
 

@@ -1,0 +1,54 @@
+"""The pages hang together: every one is in the table of contents, every link and reference leads somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from doc_builder.build_doc import build_doc
+
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "docs" / "source"
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """What `make docs` builds; a page that is not in the table of contents, and the other way round, is an error."""
+    target = tmp_path_factory.mktemp("site")
+    build_doc("voco_llama_hf", SOURCE, target, version="main", is_python_module=True)
+    return target
+
+
+def test_references_are_resolved(site):
+    pages = {path.stem: path.read_text() for path in site.rglob("*.mdx")}
+    assert len(pages) == len(list(SOURCE.rglob("*.md")))
+    for name, text in pages.items():
+        assert "[[autodoc]]" not in text, name
+    assert "Keys of the VoCo tokens of all images" in pages["cache"]
+    assert "num_voco_tokens" in pages["training"] and "Weight of the attention distillation" in pages["training"]
+    assert "A prompt" not in pages["cache"] and "compress" in pages["model"]
+    # Names of our own objects in docstrings and pages become links
+    assert re.search(r'href="[^"]*voco_llama_hf\.VoCoCache"', pages["model"])
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(SOURCE.rglob("*.md"))], ids=lambda path: path.stem)
+def test_links(path):
+    for target, anchor in LINK.findall(path.read_text()):
+        page = path.parent / target if target else path
+        page = page if page.is_file() else page.with_name(page.name + ".md")
+        assert page.is_file(), f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors(page), f"{path.name} links to {target}#{anchor}"
+
+
+def test_command_line_page_is_up_to_date():
+    command = [sys.executable, "-m", "typer", "voco_llama_cli", "utils", "docs", "--name", "voco-llama"]
+    result = subprocess.run([*command, "--title", "Command line"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == (SOURCE / "package_reference" / "cli.md").read_text().strip(), "run make docs"
