@@ -1,4 +1,4 @@
-"""Draws docs/source/images/attention.png, which model cards show too: who attends to whom, as the package's own mask says it.
+"""Draws docs/source/images/attention.png, which model cards show too: who attends to whom, by the package's own mask.
 
 python docs/draw_attention.py
 """

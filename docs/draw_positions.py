@@ -60,7 +60,7 @@ def draw() -> None:
             cell(axes, start + offset, 0, kind, position, faded=kind != "voco")
         axes.text(start - 0.3, 0.5, f"image {number}", ha="right", va="center", fontsize=9, color=GREY)
         dropped = SEGMENT - COUNTS[number - 1]
-        axes.plot([start + 0.1, start + dropped - 0.1], [1.25] * 2, color=GREY, lw=1)
+        axes.plot([start + 0.1, start + dropped - 0.5], [1.25] * 2, color=GREY, lw=1)
         axes.text(start + dropped / 2, 1.4, "forgotten", ha="center", va="top", fontsize=9, color=GREY)
 
     left = (width - len(short)) / 2

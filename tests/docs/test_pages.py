@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from accelerate.commands.launch import launch_command_parser
 from optimum.commands.register.register_voco_llama import VoCoLlamaOnnxExportCommand
