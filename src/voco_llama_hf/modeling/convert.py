@@ -103,7 +103,7 @@ class ConversionReport:
     What [`convert_checkpoint`] did.
 
     Args:
-        source , target (`Path`):
+        source, target (`Path`):
             The checkpoint read and the checkpoint written.
         source_format (`str`):
             `"llava_llama"` (the authors' format) or `"llava"` (llava-hf).
