@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from doc_builder.autodoc import find_object_in_package
 from doc_builder.build_doc import build_doc
 from doc_builder.external import EXTERNAL_DOC_OBJECTS_CACHE, HUGGINFACE_LIBS
+
+import voco_llama_hf
 
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +23,7 @@ def site(tmp_path_factory) -> Path:
     """What `make docs` builds; a page that is not in the table of contents, and the other way round, is an error."""
     target = tmp_path_factory.mktemp("site")
     # Links to the documentation of other packages come from the network
-    EXTERNAL_DOC_OBJECTS_CACHE.update(dict.fromkeys(HUGGINFACE_LIBS, {}))
+    EXTERNAL_DOC_OBJECTS_CACHE.update({name: {} for name in HUGGINFACE_LIBS})
     build_doc("voco_llama_hf", SOURCE, target, version="main", is_python_module=True)
     return target
 
@@ -34,6 +37,14 @@ def test_references_are_resolved(site):
     assert "Weight of the attention distillation" in pages["package_reference/training.mdx"]
     # Names of our own objects in docstrings are links to their pages
     assert "package_reference/cache#voco_llama_hf.VoCoCache)" in pages["package_reference/model.mdx"]
+
+
+def test_documented_objects_say_what_they_are():
+    for page in (SOURCE / "package_reference").glob("*.md"):
+        for name, methods in re.findall(r"\[\[autodoc\]\] (\S+)\n((?:    - \S+\n)*)", page.read_text()):
+            documented = find_object_in_package(name, voco_llama_hf)
+            for part in [documented, *(getattr(documented, method) for method in methods.replace("-", "").split())]:
+                assert part.__doc__, f"{name} in {page.name}: {part}"
 
 
 def anchors(page: Path) -> set[str]:
