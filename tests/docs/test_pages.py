@@ -81,7 +81,7 @@ class Page:
                 server = self.resources.enter_context(serving(*words[2:], "--port", "0"))
                 self.url = server.url.removesuffix("/v1")
             elif words[0] == "voco-llama":
-                # In this process, where torch is imported already; tests/cli and tests/packaging start the command
+                # In this process, where torch is imported already; tests/cli and tests/distribution start it
                 result = CliRunner().invoke(app, words[1:])
                 assert (result.exit_code != 0) == (how == "fails"), f"{line}\n{result.output}"
                 self.output += result.stderr if how == "fails" else result.stdout
