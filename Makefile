@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow quality style train-tiny clean
+.PHONY: demo test test-slow quality style docs dist train-tiny clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -25,11 +25,20 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Pages for the Hub's documentation site, in build/docs, with every reference resolved
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m typer voco_llama_cli utils docs --name voco-llama --title "Command line" \
+		--output docs/source/package_reference/cli.md
+	$(BIN)/doc-builder build voco_llama_hf docs/source --build_dir build/docs --version main --clean
+
+dist: $(VENV)/.installed-dev
+	$(BIN)/python -m build --outdir dist
+
 train-tiny: $(VENV)/.installed-dev
 	$(BIN)/python -m voco_llama_hf.training.tiny
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

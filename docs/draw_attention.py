@@ -1,4 +1,4 @@
-"""Draws docs/images/attention.png, which model cards show too: who attends to whom, as the package's own mask says it.
+"""Draws docs/source/images/attention.png, which model cards show too: who attends to whom, by the package's own mask.
 
 python docs/draw_attention.py
 """
@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from voco_llama_hf.modeling.attention_voco_llama import ExpandedLayout, VoCoRuns, voco_mask_function
 
 
-TARGET = Path(__file__).parent / "images" / "attention.png"
+TARGET = Path(__file__).parent / "source" / "images" / "attention.png"
 CARD_PICTURE = Path(__file__).parents[1] / "src" / "voco_llama_hf" / "hub" / TARGET.name
 
 # A prompt of two images as a user sees it; one letter a token

@@ -1,6 +1,7 @@
 """VoCo-LLaMA for Hugging Face: compress an image into one or a few tokens, then ask about it many times."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .modeling import (
     VoCoCache,
@@ -11,15 +12,30 @@ from .modeling import (
 )
 
 
-__version__ = "0.1.0.dev0"
+if TYPE_CHECKING:
+    from .modeling.convert import ConversionReport, convert_checkpoint
+
+__version__ = "0.1.0"
 
 EMBEDDED_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "voco-scenes-tiny")
 
+
+def __getattr__(name: str) -> Any:
+    # Models and image processors that nothing but a conversion needs
+    if name not in ("ConversionReport", "convert_checkpoint"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .modeling import convert
+
+    return getattr(convert, name)
+
+
 __all__ = [
     "EMBEDDED_CHECKPOINT",
+    "ConversionReport",
     "VoCoCache",
     "VoCoLlamaConfig",
     "VoCoLlamaForConditionalGeneration",
     "VoCoLlamaModel",
     "VoCoLlamaProcessor",
+    "convert_checkpoint",
 ]

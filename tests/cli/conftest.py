@@ -1,10 +1,8 @@
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils import logging as hub_logging
 from modeling.helpers import build_processor, tiny_model
 from PIL import Image
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 from voco_llama_cli import app
@@ -40,10 +38,9 @@ def images(tmp_path) -> list[Path]:
 
 
 @pytest.fixture
-def invoke(monkeypatch):
+def invoke(monkeypatch, transformers_verbosity):
     """Runs a command in this process and checks its exit code; errors must be one line on stderr."""
     monkeypatch.setenv("COLUMNS", "200")
-    before = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
 
     def run(*args, exit_code: int = 0):
         result = CliRunner().invoke(app, [str(arg) for arg in args])
@@ -56,8 +53,4 @@ def invoke(monkeypatch):
             assert result.stderr.count("\n") == 1
         return result
 
-    yield run
-    logging.set_verbosity(before[0])
-    hub_logging.set_verbosity(before[1])
-    if before[2]:
-        logging.enable_progress_bar()
+    return run

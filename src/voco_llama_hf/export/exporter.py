@@ -31,7 +31,13 @@ FILES = {COMPRESSOR: COMPRESSOR_FILE, DECODER: DECODER_FILE}
 
 @dataclass
 class ExportReport:
-    """What [`export_onnx`] wrote: bytes of each graph with its weights, and how far it is from PyTorch."""
+    """
+    What [`export_onnx`] wrote.
+
+    Args:
+        sizes (`dict[str, int]`): Bytes of each graph with its weights.
+        differences (`list[Difference]`): How far each graph is from PyTorch, at several sizes of its inputs.
+    """
 
     sizes: dict[str, int]
     differences: list[Difference]

@@ -148,6 +148,9 @@ class VoCoCache:
         """
         Several caches as one, in order. Dtype and device are those of the first.
 
+        Args:
+            caches (`Sequence[VoCoCache]`): Caches of one model.
+
         Raises:
             ValueError: if there is none, or if they were made by different models.
         """
@@ -187,12 +190,28 @@ class VoCoCache:
         self.token_counts = kept
 
     def to(self, *args, **kwargs) -> "VoCoCache":
-        """A copy on another device or in another dtype; takes what [`torch.Tensor.to`] takes."""
+        """
+        The same images on another device or in another dtype.
+
+        Args:
+            args, kwargs: What [`torch.Tensor.to`] takes: a device, a dtype, or both.
+
+        Returns:
+            [`VoCoCache`], which shares its tensors with this one where nothing changes.
+        """
         keys, values = self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs)
         return type(self)(keys, values, self.token_counts, self.fingerprint)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file, aside first and then renamed: an interrupted save leaves the old file."""
+        """
+        Writes a safetensors file, aside first and then renamed: an interrupted save leaves the old file.
+
+        Args:
+            path (`str` or `os.PathLike`): File to write, or to replace.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         path = Path(path)
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("keys", "values")}
         # Slices of one storage are views, which safetensors refuses to write twice
@@ -218,6 +237,10 @@ class VoCoCache:
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VoCoCache":
         """
         Reads what [`VoCoCache.save`] wrote.
+
+        Args:
+            path (`str` or `os.PathLike`): File to read.
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to put keys and values.
 
         Raises:
             FileNotFoundError: if there is no such file.

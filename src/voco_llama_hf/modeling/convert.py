@@ -103,7 +103,7 @@ class ConversionReport:
     What [`convert_checkpoint`] did.
 
     Args:
-        source (`Path`), target (`Path`):
+        source, target (`Path`):
             The checkpoint read and the checkpoint written.
         source_format (`str`):
             `"llava_llama"` (the authors' format) or `"llava"` (llava-hf).
@@ -111,13 +111,13 @@ class ConversionReport:
             Model type of the language model.
         vision_tower (`str`):
             Where the weights and the configuration of the vision tower came from.
-        voco_token_id (`int`), voco_token_origin (`str`):
+        voco_token_id, voco_token_origin (`int` and `str`):
             Id of `<voco>`, and where it came from.
         num_voco_tokens (`int`):
             VoCo tokens an image is compressed into when a call does not say.
-        vision_prefix_token_ids (`list[int]`), vision_suffix_token_ids (`list[int]`):
+        vision_prefix_token_ids, vision_suffix_token_ids (`list[int]`):
             Ids around the vision tokens of every image.
-        dtype (`str`), num_parameters (`int`):
+        dtype, num_parameters (`str` and `int`):
             Data type and number of the weights written.
         processor_written (`bool`):
             Whether a [`VoCoLlamaProcessor`] was written too.

@@ -309,6 +309,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
         Returns:
             [`VoCoCache`]: one entry an image.
+
+        Raises:
+            ValueError: if there is no image, or `num_voco_tokens` does not fit the images.
         """
         if not isinstance(pixel_values, torch.Tensor):
             return self._compress_stream(pixel_values, num_voco_tokens, batch_size, show_progress)
@@ -359,6 +362,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         Args:
             keys (`torch.Tensor` of shape `(tokens, ..., head_dim)`): Keys after their own rotation.
             positions (`torch.LongTensor` of shape `(tokens,)`): How far to move each token, may be negative.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `keys`; it is computed in float32.
         """
         return rotate_keys(keys, positions, self.language_model.rotary_emb)
 

@@ -5,10 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .evaluation import ScenesResults, evaluate_scenes
     from .sft_config import VoCoSFTConfig
     from .sft_trainer import VoCoDataCollator, VoCoSFTTrainer
+    from .video_evaluation import VideoResults, evaluate_videos
 
-MODULES = {"VoCoSFTConfig": "sft_config", "VoCoDataCollator": "sft_trainer", "VoCoSFTTrainer": "sft_trainer"}
+MODULES = {
+    "ScenesResults": "evaluation",
+    "VideoResults": "video_evaluation",
+    "VoCoDataCollator": "sft_trainer",
+    "VoCoSFTConfig": "sft_config",
+    "VoCoSFTTrainer": "sft_trainer",
+    "evaluate_scenes": "evaluation",
+    "evaluate_videos": "video_evaluation",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +28,12 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
 
 
-__all__ = ["VoCoDataCollator", "VoCoSFTConfig", "VoCoSFTTrainer"]
+__all__ = [
+    "ScenesResults",
+    "VideoResults",
+    "VoCoDataCollator",
+    "VoCoSFTConfig",
+    "VoCoSFTTrainer",
+    "evaluate_scenes",
+    "evaluate_videos",
+]

@@ -23,7 +23,11 @@ from .sft_config import VoCoSFTConfig
 
 
 class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator; `<voco>` tokens are never labels, since no text is followed by an image that could be told."""
+    """
+    TRL's collator of images and chats, with what the processor returns: `input_ids`, `attention_mask` and `labels` of
+    shape `(batch_size, sequence_length)`, `pixel_values` and `num_voco_tokens`. `<voco>` tokens are never labels,
+    since no text is followed by an image that could be told.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
