@@ -74,7 +74,7 @@ def patches(source: Source, num_vision_tokens: int) -> str:
 def nothing_yet(num_vision_tokens: int) -> str:
     """What is shown before anything is dropped."""
     return (
-        '<div class="card empty"><div class="flow">'
+        '<div class="panel empty"><div class="flow">'
         '<div class="side"><div class="tiles photo"><span class="tile blank" '
         f'style="--side:{round(num_vision_tokens**0.5)}"></span></div>'
         f"<b>{num_vision_tokens} vision tokens</b><small>what a picture costs otherwise</small></div>"
@@ -100,7 +100,7 @@ def picture(source: Source, reading: Reading, num_vision_tokens: int, full_bytes
             each = plural(num_voco_tokens, "VoCo token")
             note += f" {source.num_images} frames were sampled evenly over the video, with {each} each."
     ratio = before / reading.num_tokens
-    return f"""<div class="card" data-voco-tokens="{reading.num_tokens}">
+    return f"""<div class="panel" data-voco-tokens="{reading.num_tokens}">
   <div class="flow">
     <div class="side">{left}<b>{before:,} vision tokens</b><small>{nbytes(full_bytes)} of keys and values</small></div>
     <div class="arrow" aria-hidden="true">&#10140;</div>
@@ -163,7 +163,7 @@ def comparison(rows: list[tuple[int, Reading, Answer] | tuple[int, str]], num_im
     answers = [row[2] for row in rows if len(row) == 3]
     longest = max((answer.spent.total_ms for answer in answers), default=0)
     cards = "".join(compared(row, longest, num_images) for row in rows)
-    return f'<div class="columns">{cards}</div>{LEGEND}'
+    return f'<div class="ways">{cards}</div>{LEGEND}'
 
 
 def compared(row: tuple[int, Reading, Answer] | tuple[int, str], longest: float, num_images: int) -> str:
@@ -172,7 +172,7 @@ def compared(row: tuple[int, Reading, Answer] | tuple[int, str], longest: float,
     name = "uncompressed" if count == UNCOMPRESSED else f"k = {count}"
     kind = "whole" if count == UNCOMPRESSED else "kept"
     if len(row) == 2:
-        return f'<div class="column {kind} failed"><h4>{name}</h4><p>{text(row[1])}</p></div>'
+        return f'<div class="way {kind} failed"><h4>{name}</h4><p>{text(row[1])}</p></div>'
     _, reading, answer = row
     per = " a frame" if num_images > 1 else ""
     made = (
@@ -182,7 +182,7 @@ def compared(row: tuple[int, Reading, Answer] | tuple[int, str], longest: float,
         if reading.spent.total_ms > 0
         else "compressed before"
     )
-    return f"""<div class="column {kind}" data-way="{name}"><h4>{name}{per}</h4>
+    return f"""<div class="way {kind}" data-way="{name}"><h4>{name}{per}</h4>
   <p class="answer">{text(answer.text) or "&mdash;"}</p>
   <dl><dt>kept</dt><dd>{plural(reading.num_tokens, "token")}</dd>
   <dt>memory</dt><dd>{nbytes(reading.nbytes)}</dd>

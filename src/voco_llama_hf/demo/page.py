@@ -210,7 +210,7 @@ def build_page(
             with gr.Tab("Save and load"):
                 save, file, load = build_keeping()
             with gr.Tab("How it works"):
-                gr.Markdown(HOW_IT_WORKS.format(vision_tokens=engine.num_vision_tokens), elem_classes="prose")
+                gr.Markdown(HOW_IT_WORKS.format(vision_tokens=engine.num_vision_tokens), elem_classes="reading")
 
         opened = [source, steps, picture, ledger, answer, comparison, compared, *proposed]
         upload.upload(visit.drop, [upload, count], opened, api_name="compress", **model)
@@ -300,7 +300,7 @@ def build_comparing() -> tuple[gr.Textbox, gr.Button, gr.HTML]:
 
 def build_keeping() -> tuple[gr.Button, gr.DownloadButton, gr.File]:
     """What is kept as a file, and back."""
-    gr.Markdown(SAVE_AND_LOAD, elem_classes="prose")
+    gr.Markdown(SAVE_AND_LOAD, elem_classes="reading")
     with gr.Row(equal_height=False):
         with gr.Column():
             save = gr.Button("Save what is kept", variant="primary", elem_id="save")
