@@ -100,7 +100,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "wide.png": (lambda path: Image.new("1", (2000, 501)).save(path), "wide.png is too large: 2000x501"),
     "broken.mp4": (lambda path: path.write_bytes(b"\0" * 999), "broken.mp4 cannot be decoded"),
     "short.mp4": (lambda path: path.write_bytes(FILM.read_bytes()[:900]), "short.mp4 (cannot be decoded|is damaged)"),
-    "large.mp4": (lambda path: write_video(path, np.zeros((2, 1080, 1920, 3), np.uint8)), "large.mp4 is too large: .*1920"),
+    "large.mp4": (
+        lambda path: write_video(path, np.zeros((2, 1080, 1920, 3), np.uint8)),
+        "large.mp4 is too large: .*1920",
+    ),
     "gone.png": (lambda path: None, "gone.png is not here any more"),
 }
 
@@ -117,7 +120,7 @@ def test_bad_files(engine, tmp_path, name):
 def test_long_videos(engine, tmp_path, monkeypatch):
     film = write_video(tmp_path / "long.mp4", make_frames(40))
     monkeypatch.setattr("voco_llama_hf.demo.sources.VIDEO_PIXELS", 30 * 64 * 48)
-    with pytest.raises(ValueError, match="long.mp4 is too long: at most 30 frames of 64x48"):
+    with pytest.raises(ValueError, match=r"long\.mp4 is too long: at most 30 frames of 64x48"):
         engine.open(str(film), "me", 1)
 
 
@@ -201,7 +204,10 @@ FOREIGN_FILES = {
     "other layers": (of_shape(lambda states: states[:, :3]), "is damaged: keys of"),
     "integers": (of_shape(lambda states: states.to(torch.int32)), "is damaged: keys of"),
     "not finite": (of_shape(lambda states: states * torch.inf), "not finite"),
-    "no images": (change(keys=lambda c: c.keys[:0], values=lambda c: c.values[:0], token_counts=lambda c: []), "damaged"),
+    "no images": (
+        change(keys=lambda c: c.keys[:0], values=lambda c: c.values[:0], token_counts=lambda c: []),
+        "damaged",
+    ),
     "no integer": (change(token_counts=lambda cache: [2.0]), "is damaged: its metadata"),
 }
 
@@ -232,5 +238,5 @@ def test_damaged_cache_files(engine, saved, tmp_path):
 def test_a_cache_that_fills_the_window_is_refused(engine, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "window", 6)
     VoCoCache.cat([VoCoCache.load(saved)] * 3).save(tmp_path / "many.safetensors")
-    with pytest.raises(ValueError, match="many.safetensors has 6 VoCo tokens, more than the model's window"):
+    with pytest.raises(ValueError, match=r"many\.safetensors has 6 VoCo tokens, more than the model's window"):
         engine.open_cache(str(tmp_path / "many.safetensors"), "me")

@@ -1,4 +1,4 @@
-"""A page to try a model in the browser. `engine` does the work without Gradio; `page` and `launch` need the extra demo."""
+"""A page to try a model in the browser. The engine works without Gradio; page and launch need the extra demo."""
 
 from .engine import DemoEngine
 

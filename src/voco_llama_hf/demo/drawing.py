@@ -12,6 +12,7 @@ from .stopwatch import Spent
 # What Gradio's templates would take for code
 TEMPLATE = {ord(mark): f"&#{ord(mark)};" for mark in "${}`\\"}
 MAX_SQUARES = 64  # VoCo tokens that are drawn one by one
+MAX_SMALL_GRID = 12  # cells a side that can be told apart on a frame of a video
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Step:
         what (`str`): The question, or what was compressed.
         answer (`str`): Empty for what is no question.
         spent (`Spent`): What it took.
-        num_tokens (`int`): Tokens that were kept or read.
+        num_tokens (`int`): Tokens that the language model read for it.
         is_question (`bool`): Whether it is one.
     """
 
@@ -65,10 +66,12 @@ def squares(number: int) -> str:
 def patches(source: Source, num_vision_tokens: int) -> str:
     """The picture under the grid of its vision tokens; of a video its frames."""
     side = round(num_vision_tokens**0.5)
+    is_film = len(source.thumbnails) > 1
+    kind = "tile plain" if is_film and side > MAX_SMALL_GRID else "tile"
     tiles = "".join(
-        f'<span class="tile" style="--side:{side}"><img src="{url}" alt=""></span>' for url in source.thumbnails
+        f'<span class="{kind}" style="--side:{side}"><img src="{url}" alt=""></span>' for url in source.thumbnails
     )
-    return f'<div class="tiles {"film" if len(source.thumbnails) > 1 else "photo"}">{tiles}</div>'
+    return f'<div class="tiles {"film" if is_film else "photo"}">{tiles}</div>'
 
 
 def nothing_yet(num_vision_tokens: int) -> str:
@@ -90,7 +93,9 @@ def picture(source: Source, reading: Reading, num_vision_tokens: int, full_bytes
     what = f"{source.num_images} frames of a video" if source.num_images > 1 else "a picture"
     if source.kind == "cache":
         left = '<div class="tiles photo"><span class="tile gone">no picture<br>any more</span></div>'
-        note = f"Loaded from {text(source.name)}. Nothing but its VoCo tokens is left of {what}, and they answer as before."
+        note = (
+            f"Loaded from {text(source.name)}. Nothing but VoCo tokens is left of {what}, and they answer as before."
+        )
     else:
         left = patches(source, num_vision_tokens)
         cost = f"{ms(reading.spent.vision_ms)} of vision and {ms(reading.spent.language_ms)} of language model, once."

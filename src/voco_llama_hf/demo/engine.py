@@ -138,7 +138,8 @@ class DemoEngine:
         source = open_cache(path, owner, self.model, self.limits)
         if source.num_voco_tokens >= self.window:
             raise ValueError(
-                f"{source.name} has {source.num_voco_tokens:,} VoCo tokens, more than the model's window of {self.window:,}"
+                f"{source.name} has {source.num_voco_tokens:,} VoCo tokens, more than the model's window of "
+                f"{self.window:,} takes"
             )
         return source, self.compress(source, 0)
 
@@ -179,7 +180,7 @@ class DemoEngine:
 
     def ask_uncompressed(self, source: Source, question: str) -> tuple[Reading, Answer]:
         """
-        Answers as a LLaVA of the same weights does: from all vision tokens, which are made and read for every question.
+        Answers as a LLaVA of the same weights does: from all vision tokens, made and read for every question.
 
         Raises:
             ValueError: if the source holds no picture, or its tokens do not fit into the model's window.
@@ -191,13 +192,13 @@ class DemoEngine:
         length = inputs["input_ids"].shape[1]
         ids, spent = self._worker.submit(self._read_all, inputs, self._bound(length)).result()
         text = self.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
-        flops = source.num_images * self.cost.vision_flops() + self.cost.text_flops(length) + 2 * self.cost.head_weights
+        flops = (
+            source.num_images * self.cost.vision_flops() + self.cost.text_flops(length) + 2 * self.cost.head_weights
+        )
         reading = Reading(num_tokens, self.nbytes(num_tokens), Spent())
         return reading, Answer(text, spent, length, flops, is_done=True)
 
-    def compare(
-        self, source: Source, question: str, counts: Sequence[int]
-    ) -> Iterator[tuple[int, Reading, Answer]]:
+    def compare(self, source: Source, question: str, counts: Sequence[int]) -> Iterator[tuple[int, Reading, Answer]]:
         """The same question at several numbers of VoCo tokens; [`UNCOMPRESSED`] is one of them."""
         for count in counts:
             if count == UNCOMPRESSED:
@@ -254,7 +255,9 @@ class DemoEngine:
 
     def _prompt(self, source: Source, question: str) -> str:
         if len(question) > MAX_QUESTION:
-            raise ValueError(f"the question is too long: {len(question):,} characters, at most {MAX_QUESTION} are read")
+            raise ValueError(
+                f"the question is too long: {len(question):,} characters, at most {MAX_QUESTION} are read"
+            )
         check_question(question, self.processor)
         return build_prompt(self.processor, [kind_of(source)], question.strip())
 

@@ -40,13 +40,23 @@ EMBEDDED_EXAMPLES = (
         FOLDER / "crowded.png",
         FOLDER / "crowded.png",
         # One token confuses some of it, two do not
-        ("What colour is the cross?", "What shape is red?", "How many objects are there?", "Where is the purple object?"),
+        (
+            "What colour is the cross?",
+            "What shape is red?",
+            "How many objects are there?",
+            "Where is the purple object?",
+        ),
     ),
     Example(
         "A short video",
         FOLDER / "film.mp4",
         FOLDER / "film.png",
-        ("What colour is the square?", "What shape is orange?", "How many objects are there?", "Is there a red square?"),
+        (
+            "What colour is the square?",
+            "What shape is orange?",
+            "How many objects are there?",
+            "Is there a red square?",
+        ),
     ),
 )
 
@@ -55,11 +65,13 @@ QUESTIONS = ("How many objects are there?", "What shape is red?", "What colour i
 
 ABOUT_EMBEDDED = (
     "The model on this page is tiny: {parameters} parameters. It was trained on **pictures of 64&times;64 pixels with "
-    "coloured shapes and handwritten digits** and knows nothing else. Ask it for colour, shape, digit, place and number; "
-    "about a photograph, or in other words, it makes answers up. Videos it was never taught: it takes their frames for "
-    "one scene."
+    "coloured shapes and handwritten digits** and knows nothing else. Ask it for colour, shape, digit, place and "
+    "number; about a photograph, or in other words, it makes answers up. Videos it was never taught: it takes their "
+    "frames for one scene."
 )
-ABOUT_OTHERS = "The model on this page is **{name}**: {parameters} parameters, {vision_tokens} vision tokens a picture."
+ABOUT_OTHERS = (
+    "The model on this page is **{name}**: {parameters} parameters, {vision_tokens} vision tokens a picture."
+)
 
 
 __all__ = ["ABOUT_EMBEDDED", "ABOUT_OTHERS", "EMBEDDED_EXAMPLES", "QUESTIONS", "Example"]

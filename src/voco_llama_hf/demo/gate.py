@@ -47,18 +47,25 @@ class UploadFolderOnly:
         return True
 
 
-class Upload(gr.File):
-    """A file that a visitor uploads. Gradio's own would also fetch URLs, of any size."""
+def uploads_only(file: gr.File) -> gr.File:
+    """
+    Makes a component take what visitors upload. Left alone it would also fetch URLs that it is given, of any size, and
+    leave an empty file behind for every event. (Next to a class of its own Gradio would write an
+    interface file.)
+    """
+    move = file.async_move_resource_to_block_cache
 
-    is_template = True
+    async def move_uploaded(path: str | Path | None) -> str | None:
+        if path is not None and is_http_url_like(str(path)):
+            raise gr.Error("URLs are not fetched: upload the file itself", print_exception=False)
+        return await move(path)
 
-    def preprocess(self, payload: Any) -> str | None:
+    def preprocess(payload: Any) -> str | None:
         return None if payload is None else payload.path
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
-            raise gr.Error("URLs are not fetched: upload the file itself", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+    file.async_move_resource_to_block_cache = move_uploaded  # type: ignore[method-assign]
+    file.preprocess = preprocess  # type: ignore[method-assign]
+    return file
 
 
-__all__ = ["Upload", "UploadFolderOnly"]
+__all__ = ["UploadFolderOnly", "uploads_only"]

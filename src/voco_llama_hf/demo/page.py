@@ -14,7 +14,7 @@ from . import drawing
 from .drawing import Step
 from .engine import MAX_QUESTION, UNCOMPRESSED, DemoEngine, Reading
 from .examples import Example
-from .gate import Upload
+from .gate import uploads_only
 from .sources import Source
 from .texts import HEADER, HOW_IT_WORKS, SAVE_AND_LOAD
 
@@ -33,7 +33,7 @@ def shown(call: Callable) -> Callable:
     def as_message(error: Exception) -> gr.Error:
         message = str(error)
         message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ..."
-        return gr.Error(drawing.text(message), title="That did not work", print_exception=False)
+        return gr.Error(drawing.text(message), print_exception=False)
 
     @functools.wraps(call)
     def returned(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class Visit:
         return None, *self._opened(source, reading, 0, self.questions)
 
     def _opened(self, source: Source, reading: Reading, count: int, questions: Sequence[str]) -> tuple:
-        steps = [made(source, reading, count)]
+        steps = [self._made(source, reading, count)]
         picture = self._picture(source, reading, count)
         proposed = questions[0] if questions else ""
         return source, steps, picture, drawing.ledger(steps), "", "", proposed, *chips(questions)
@@ -105,6 +105,14 @@ class Visit:
         num_vision_tokens = self.engine.num_vision_tokens
         full_bytes = self.engine.nbytes(num_vision_tokens * source.num_images)
         return drawing.picture(source, reading, num_vision_tokens, full_bytes, count)
+
+    def _made(self, source: Source, reading: Reading, count: int) -> Step:
+        """The step of compressing. What was there already took no reading."""
+        each = " a frame" if source.kind == "video" else ""
+        what = f"load {source.name}" if source.kind == "cache" else f"compress {source.name}, k = {count}{each}"
+        num_read = source.num_images * self.engine.cost.num_segment_tokens + reading.num_tokens
+        is_new = source.kind != "cache" and reading.spent.total_ms > 0
+        return Step(what, "", reading.spent, num_read if is_new else 0, False)
 
     @shown
     def choose(self, source: Source | None, steps: list[Step], count: int) -> tuple:
@@ -115,7 +123,7 @@ class Visit:
             gr.Info("A loaded file keeps the tokens that it was saved with. Drop a picture to choose.")
             return steps, gr.skip(), gr.skip()
         reading = self.engine.compress(source, count)
-        steps = [*steps, made(source, reading, count)][-MAX_STEPS:]
+        steps = [*steps, self._made(source, reading, count)][-MAX_STEPS:]
         return steps, self._picture(source, reading, count), drawing.ledger(steps)
 
     @shown
@@ -163,13 +171,6 @@ def present(source: Source | None) -> Source:
 def kept(source: Source, count: int) -> int:
     """VoCo tokens to ask for: a loaded file has those that it has."""
     return 0 if source.kind == "cache" else count
-
-
-def made(source: Source, reading: Reading, count: int) -> Step:
-    """The step of compressing."""
-    each = " a frame" if source.kind == "video" else ""
-    what = f"load {source.name}" if source.kind == "cache" else f"compress {source.name}, k = {count}{each}"
-    return Step(what, "", reading.spent, reading.num_tokens, False)
 
 
 def chips(questions: Sequence[str]) -> list[Any]:
@@ -237,11 +238,8 @@ def build_page(
 def build_input(engine: DemoEngine, examples: Sequence[Example]) -> tuple[gr.File, gr.Radio, list[gr.Button]]:
     """What is dropped, and into how many tokens it goes."""
     limits = engine.limits
-    upload = Upload(
-        label="Drop a picture or a short video",
-        file_types=["image", "video"],
-        height=170,
-        elem_id="upload",
+    upload = uploads_only(
+        gr.File(label="Drop a picture or a short video", file_types=["image", "video"], height=170, elem_id="upload")
     )
     bounds = (
         f"At most {limits.max_request_bytes / 1e6:g} MB and {limits.max_pixels / 1e6:g} megapixels; of a video "
@@ -266,7 +264,12 @@ def build_asking(questions: Sequence[str]) -> tuple:
     """Question, proposals, answer and what it all took."""
     with gr.Row(elem_classes="line"):
         question = gr.Textbox(
-            show_label=False, placeholder="Ask about the picture", max_length=MAX_QUESTION, scale=8, elem_id="question"
+            show_label=False,
+            container=False,
+            placeholder="Ask about the picture",
+            max_length=MAX_QUESTION,
+            scale=8,
+            elem_id="question",
         )
         send = gr.Button("Ask", variant="primary", scale=1, min_width=110, elem_id="ask")
     with gr.Row(elem_classes="chips"):
@@ -289,6 +292,7 @@ def build_comparing() -> tuple[gr.Textbox, gr.Button, gr.HTML]:
     with gr.Row(elem_classes="line"):
         compared = gr.Textbox(
             show_label=False,
+            container=False,
             placeholder="Ask it in every way",
             max_length=MAX_QUESTION,
             scale=8,
@@ -306,8 +310,8 @@ def build_keeping() -> tuple[gr.Button, gr.DownloadButton, gr.File]:
             save = gr.Button("Save what is kept", variant="primary", elem_id="save")
             file = gr.DownloadButton("Download", visible="hidden", elem_id="file")
         with gr.Column():
-            load = Upload(
-                label="Drop a VoCoCache file", file_types=[".safetensors"], height=130, elem_id="load"
+            load = uploads_only(
+                gr.File(label="Drop a VoCoCache file", file_types=[".safetensors"], height=130, elem_id="load")
             )
     return save, file, load
 

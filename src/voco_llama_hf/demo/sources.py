@@ -83,7 +83,7 @@ def load_cache(path: str, model: Any, limits: Limits) -> VoCoCache:
     A file of [`VoCoCache.save`] for this very model.
 
     Raises:
-        ValueError: if it is none, is damaged, too large, or of another model; the message has the name of the file only.
+        ValueError: if it is none, is damaged, too large, or of another model; the message has the file's name only.
     """
     with naming(path):
         check_size(path, limits)

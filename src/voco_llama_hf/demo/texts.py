@@ -3,8 +3,8 @@
 HEADER = """<header>
   <h1>Compress once, ask many times</h1>
   <p>A vision-language model keeps hundreds of tokens in memory for every picture, and reads them again for every
-  question. In <b>VoCo-LLaMA</b> the language model squeezes them into a few <b>VoCo tokens</b>. The picture can then be
-  forgotten: each question reads those few tokens and nothing else.</p>
+  question. In <b>VoCo-LLaMA</b> the language model squeezes them into a few <b>VoCo tokens</b>. The picture can then
+  be forgotten: each question reads those few tokens and nothing else.</p>
 </header>"""
 
 SAVE_AND_LOAD = """
@@ -16,10 +16,10 @@ HOW_IT_WORKS = """
 ### In three steps
 
 1. **See.** A vision tower turns the picture into {vision_tokens} vision tokens, one for each patch of the grid.
-2. **Compress.** The language model reads them once, followed by *k* special tokens called `<voco>`. What those k tokens
-   have understood ends up in their keys and values, which are the model's memory of them.
-3. **Ask.** Everything else is dropped. A question attends to the k VoCo tokens and to itself, never to the vision tokens:
-   so the vision tower has nothing to do any more, and the language model reads k tokens where it would read
+2. **Compress.** The language model reads them once, followed by *k* special tokens called `<voco>`. What those k
+   tokens have understood ends up in their keys and values, which are the model's memory of them.
+3. **Ask.** Everything else is dropped. A question attends to the k VoCo tokens and to itself, never to the vision
+   tokens: so the vision tower has nothing to do any more, and the language model reads k tokens where it would read
    {vision_tokens}.
 
 ### What you see here is measured

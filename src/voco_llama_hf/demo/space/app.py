@@ -1,4 +1,4 @@
-"""A Hugging Face Space of `voco-llama demo`. The variable MODEL names another model than the small one of the package."""
+"""A Hugging Face Space of `voco-llama demo`. The variable MODEL names another model than the package's own."""
 
 import os
 
