@@ -9,6 +9,7 @@ from .benchmark import benchmark
 from .card import card
 from .compress import compress
 from .convert import convert
+from .demo import demo
 from .errors import OneLineErrors
 from .evaluate import Evaluate, evaluate
 from .export import app as export_app
@@ -45,6 +46,7 @@ app.command()(benchmark)
 app.command()(card)
 app.command()(compress)
 app.command()(convert)
+app.command()(demo)
 app.command(cls=Evaluate)(evaluate)
 app.add_typer(export_app, name="export")
 app.command()(index)

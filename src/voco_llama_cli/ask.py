@@ -72,6 +72,7 @@ def ask(
     check_video_extra(images)
     from voco_llama_hf.images import open_image
     from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
+    from voco_llama_hf.prompts import build_prompt, check_question
     from voco_llama_hf.videos import is_video
 
     from .loading import find_model, load_model
@@ -84,6 +85,10 @@ def ask(
     if store is not None:
         stored = from_store(store, names or [], num_voco_tokens)
     network, processor = load_model(name, device, dtype)
+    try:
+        check_question(question, processor)
+    except ValueError as error:
+        raise UsageProblem(str(error)) from None
 
     start = clock()
     asked = stored
@@ -196,24 +201,6 @@ def compress_now(
         kinds.append("video" if is_film else "image")
         frames += [len(cache)] if is_film else []
     return Asked(VoCoCache.cat(caches), kinds, frames)
-
-
-def build_prompt(processor: VoCoLlamaProcessor, kinds: list[str], question: str) -> str:
-    """
-    The question as the model was trained to be asked, behind its images and videos.
-
-    Raises:
-        UsageProblem: if the question holds a token that stands for an image.
-    """
-    for token in (processor.image_token, processor.video_token, processor.voco_token):
-        if token in question:
-            raise UsageProblem(f"the question has {token} in it: images are put before the question")
-    if processor.chat_template is None:
-        tokens = {"image": processor.image_token, "video": processor.video_token}
-        return "".join(f"{tokens[kind]}\n" for kind in kinds) + question
-    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
-    conversation: list[dict] = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
 
 def clock() -> float:

@@ -61,5 +61,5 @@ def test_ctrl_c(checkpoint, tmp_path):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, voco_llama_cli; sys.exit(bool({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
+    code = "import sys, voco_llama_cli; sys.exit(bool({'torch', 'transformers', 'PIL', 'gradio'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

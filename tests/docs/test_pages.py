@@ -16,6 +16,7 @@ import pytest
 import tomllib
 import torch
 from accelerate.commands.launch import launch_command_parser
+from huggingface_hub.cli.hf import app as hub_app
 from optimum.commands.register.register_voco_llama import VoCoLlamaOnnxExportCommand
 from serving.conftest import serving
 from sybil import Example, Sybil
@@ -100,11 +101,13 @@ class Page:
 def check_words(words: list[str]) -> None:
     """What cannot run here exists at least: the command with all its options, the target, the extra."""
     if words[0] == "voco-llama":
-        check_command(words[1:])
+        check_command(get_command(app), words[1:])
+    elif words[0] == "hf":
+        check_command(hub_app, words[1:])
     elif words[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(words[2:])
         assert (launched.module, launched.training_script) == (True, "voco_llama_cli")
-        check_command(launched.training_script_args)
+        check_command(get_command(app), launched.training_script_args)
     elif words[:3] == ["optimum-cli", "export", "onnx"]:
         parser = ArgumentParser()
         VoCoLlamaOnnxExportCommand.parse_args(parser)
@@ -119,10 +122,9 @@ def check_words(words: list[str]) -> None:
         pytest.fail(f"what is not run must be checked, and nothing checks {words}")
 
 
-def check_command(args: list[str]) -> None:
-    command: Any = get_command(app)
+def check_command(command: Any, args: list[str]) -> None:
     while hasattr(command, "resolve_command"):
-        with command.make_context("voco-llama", [], resilient_parsing=True) as context:
+        with command.make_context("", [], resilient_parsing=True) as context:
             name, command, args = command.resolve_command(context, args)
     if name == "train":
         check_training_flags(args)

@@ -1,0 +1,77 @@
+"""What visitors may start with, if the embedded checkpoint answers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+FOLDER = Path(__file__).parent / "examples"
+
+
+@dataclass(frozen=True)
+class Example:
+    """
+    Args:
+        label (`str`): What it is called.
+        path (`Path`): An image or a video.
+        icon (`Path`): An image of it.
+        questions (`tuple[str, ...]`): What may be asked about it.
+    """
+
+    label: str
+    path: Path
+    icon: Path
+    questions: tuple[str, ...]
+
+
+EMBEDDED_EXAMPLES = (
+    Example(
+        "A few objects",
+        FOLDER / "few.png",
+        FOLDER / "few.png",
+        (
+            "What colour is the circle?",
+            "Where is the orange circle?",
+            "What digit is yellow?",
+            "Is the green star left of the orange circle?",
+        ),
+    ),
+    Example(
+        "A crowded scene",
+        FOLDER / "crowded.png",
+        FOLDER / "crowded.png",
+        # One token confuses some of it, two do not
+        (
+            "What colour is the cross?",
+            "What shape is red?",
+            "How many objects are there?",
+            "Where is the purple object?",
+        ),
+    ),
+    Example(
+        "A short video",
+        FOLDER / "film.mp4",
+        FOLDER / "film.png",
+        (
+            "What colour is the square?",
+            "What shape is orange?",
+            "How many objects are there?",
+            "Is there a red square?",
+        ),
+    ),
+)
+
+# About any picture
+QUESTIONS = ("How many objects are there?", "What shape is red?", "What colour is the circle?", "Where is the star?")
+
+ABOUT_EMBEDDED = (
+    "The model on this page is tiny: {parameters} parameters. It was trained on **pictures of 64&times;64 pixels with "
+    "coloured shapes and handwritten digits** and knows nothing else. Ask it for colour, shape, digit, place and "
+    "number; about a photograph, or in other words, it makes answers up. Videos it was never taught: it takes their "
+    "frames for one scene."
+)
+ABOUT_OTHERS = (
+    "The model on this page is **{name}**: {parameters} parameters, {vision_tokens} vision tokens a picture."
+)
+
+
+__all__ = ["ABOUT_EMBEDDED", "ABOUT_OTHERS", "EMBEDDED_EXAMPLES", "QUESTIONS", "Example"]

@@ -1,0 +1,319 @@
+"""The page: what stands where, and what happens when something is dropped, chosen or asked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from . import drawing
+from .drawing import Step
+from .engine import MAX_QUESTION, UNCOMPRESSED, DemoEngine, Reading
+from .examples import Example
+from .gate import uploads_only
+from .sources import Source
+from .texts import HEADER, HOW_IT_WORKS, SAVE_AND_LOAD
+
+
+COUNTS = (1, 2, 4, 8)
+COMPARED = (1, 2, 8, UNCOMPRESSED)
+MAX_CHIPS = 4
+MAX_STEPS = 50  # that are listed
+SESSION_SECONDS = 3600
+MAX_MESSAGE = 400  # characters of an error
+
+
+def shown(call: Callable) -> Callable:
+    """Errors that a visitor can do something about appear in the page, as text."""
+
+    def as_message(error: Exception) -> gr.Error:
+        message = str(error)
+        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ..."
+        return gr.Error(drawing.text(message), print_exception=False)
+
+    @functools.wraps(call)
+    def returned(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except (ValueError, ImportError) as error:
+            raise as_message(error) from error
+
+    @functools.wraps(call)
+    def yielded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            yield from call(*args, **kwargs)
+        except (ValueError, ImportError) as error:
+            raise as_message(error) from error
+
+    return yielded if inspect.isgeneratorfunction(call) else returned
+
+
+class Visit:
+    """
+    What the page's events do. A visitor's source and steps are Gradio's states, handed in and out.
+
+    Args:
+        engine ([`DemoEngine`]): Does the work.
+        folder (`Path`): Where files to download are written.
+        examples (`Sequence[Example]`): What can be taken instead of dropping something.
+        questions (`Sequence[str]`): What is proposed for anything else.
+    """
+
+    def __init__(self, engine: DemoEngine, folder: Path, examples: Sequence[Example], questions: Sequence[str]):
+        self.engine, self.folder = engine, folder
+        self.examples, self.questions = examples, questions
+
+    @shown
+    def drop(self, path: str | None, count: int, request: gr.Request) -> tuple:
+        """An image or a video was uploaded, or taken away."""
+        if path is None:
+            return self.clear()
+        source, reading = self.engine.open(path, str(request.session_hash), count)
+        return self._opened(source, reading, count, self.questions)
+
+    def clear(self) -> tuple:
+        """Nothing is left of a visit."""
+        empty = drawing.nothing_yet(self.engine.num_vision_tokens)
+        return None, [], empty, drawing.ledger([]), "", "", "", *chips(self.questions)
+
+    @shown
+    def take(self, index: int, count: int, request: gr.Request) -> tuple:
+        """An example was chosen."""
+        example = self.examples[index]
+        source, reading = self.engine.open(str(example.path), str(request.session_hash), count)
+        return None, *self._opened(source, reading, count, example.questions)
+
+    @shown
+    def load(self, path: str | None, request: gr.Request) -> tuple:
+        """A file of compressed images was uploaded."""
+        if path is None:
+            return None, *self.clear()
+        source, reading = self.engine.open_cache(path, str(request.session_hash))
+        return None, *self._opened(source, reading, 0, self.questions)
+
+    def _opened(self, source: Source, reading: Reading, count: int, questions: Sequence[str]) -> tuple:
+        steps = [self._made(source, reading, count)]
+        picture = self._picture(source, reading, count)
+        proposed = questions[0] if questions else ""
+        return source, steps, picture, drawing.ledger(steps), "", "", proposed, *chips(questions)
+
+    def _picture(self, source: Source, reading: Reading, count: int) -> str:
+        num_vision_tokens = self.engine.num_vision_tokens
+        full_bytes = self.engine.nbytes(num_vision_tokens * source.num_images)
+        return drawing.picture(source, reading, num_vision_tokens, full_bytes, count)
+
+    def _made(self, source: Source, reading: Reading, count: int) -> Step:
+        """The step of compressing. What was there already took no reading."""
+        each = " a frame" if source.kind == "video" else ""
+        what = f"load {source.name}" if source.kind == "cache" else f"compress {source.name}, k = {count}{each}"
+        num_read = source.num_images * self.engine.cost.num_segment_tokens + reading.num_tokens
+        is_new = source.kind != "cache" and reading.spent.total_ms > 0
+        return Step(what, "", reading.spent, num_read if is_new else 0, False)
+
+    @shown
+    def choose(self, source: Source | None, steps: list[Step], count: int) -> tuple:
+        """Another number of VoCo tokens was chosen."""
+        if source is None:
+            return steps, gr.skip(), gr.skip()
+        if source.kind == "cache":
+            gr.Info("A loaded file keeps the tokens that it was saved with. Drop a picture to choose.")
+            return steps, gr.skip(), gr.skip()
+        reading = self.engine.compress(source, count)
+        steps = [*steps, self._made(source, reading, count)][-MAX_STEPS:]
+        return steps, self._picture(source, reading, count), drawing.ledger(steps)
+
+    @shown
+    def ask(self, source: Source | None, steps: list[Step], count: int, question: str) -> Iterator[tuple]:
+        """A question, answered as the words come."""
+        source = present(source)
+        for answer in self.engine.ask(source, kept(source, count), question):
+            box = drawing.answered(question, answer.text, answer.is_done)
+            if not answer.is_done:
+                yield steps, box, gr.skip()
+        steps = [*steps, Step(question, answer.text, answer.spent, answer.num_prompt_tokens, True)][-MAX_STEPS:]
+        yield steps, box, drawing.ledger(steps)
+
+    @shown
+    def compare(self, source: Source | None, question: str) -> Iterator[str]:
+        """The same question, read in several ways. One that fails says so in its column."""
+        source = present(source)
+        rows: list[Any] = []
+        for count in COMPARED:
+            try:
+                rows += self.engine.compare(source, question, [count])
+            except ValueError as error:
+                if source.kind == "cache" or not question.strip():
+                    raise
+                rows.append((count, str(error)))
+            yield drawing.comparison(rows, source.num_images)
+
+    @shown
+    def save(self, source: Source | None, count: int) -> str:
+        """A file of what is kept, to be downloaded."""
+        source = present(source)
+        return str(self.engine.save(source, kept(source, count), str(self.folder)))
+
+
+def present(source: Source | None) -> Source:
+    """
+    Raises:
+        ValueError: if nothing was dropped yet.
+    """
+    if source is None:
+        raise ValueError("there is no picture yet: drop one, or take an example")
+    return source
+
+
+def kept(source: Source, count: int) -> int:
+    """VoCo tokens to ask for: a loaded file has those that it has."""
+    return 0 if source.kind == "cache" else count
+
+
+def chips(questions: Sequence[str]) -> list[Any]:
+    """Buttons of proposed questions; those left over are hidden."""
+    padded = [*questions[:MAX_CHIPS], *[""] * (MAX_CHIPS - len(questions))]
+    return [gr.Button(question, visible=bool(question)) for question in padded]
+
+
+def build_page(
+    engine: DemoEngine, folder: Path, about: str, examples: Sequence[Example] = (), questions: Sequence[str] = ()
+) -> gr.Blocks:
+    """
+    Args:
+        engine ([`DemoEngine`]): Does the work.
+        folder (`Path`): Where files to download are written.
+        about (`str`): What the model knows, in Markdown.
+        examples (`Sequence[Example]`, *optional*): What can be taken instead of dropping something.
+        questions (`Sequence[str]`, *optional*): What is proposed for anything else.
+    """
+    visit = Visit(engine, folder, examples, questions)
+    model = {"concurrency_id": "model", "concurrency_limit": 1}
+    private = {**model, "api_visibility": "private"}
+    with gr.Blocks(title="VoCo-LLaMA", analytics_enabled=False, delete_cache=(600, SESSION_SECONDS)) as page:
+        source = gr.State(None, time_to_live=SESSION_SECONDS)
+        steps = gr.State([], time_to_live=SESSION_SECONDS)
+        gr.HTML(HEADER, padding=False)
+        gr.Markdown(about, elem_classes="about")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                upload, count, taken = build_input(engine, examples)
+            with gr.Column(scale=6, min_width=340):
+                picture = gr.HTML(drawing.nothing_yet(engine.num_vision_tokens), padding=False, elem_id="picture")
+        with gr.Tabs():
+            with gr.Tab("Ask"):
+                question, send, proposed, answer, ledger = build_asking(questions)
+            with gr.Tab("Compare"):
+                compared, start, comparison = build_comparing()
+            with gr.Tab("Save and load"):
+                save, file, load = build_keeping()
+            with gr.Tab("How it works"):
+                gr.Markdown(HOW_IT_WORKS.format(vision_tokens=engine.num_vision_tokens), elem_classes="reading")
+
+        opened = [source, steps, picture, ledger, answer, comparison, compared, *proposed]
+        upload.upload(visit.drop, [upload, count], opened, api_name="compress", **model)
+        upload.clear(visit.clear, None, opened, api_visibility="private")
+        for index, button in enumerate(taken):
+            button.click(visit.take, [gr.State(index), count], [upload, *opened], **private)
+        count.input(visit.choose, [source, steps, count], [steps, picture, ledger], **private)
+
+        asking = {"inputs": [source, steps, count, question], "outputs": [steps, answer, ledger]}
+        gr.on([send.click, question.submit], visit.ask, **asking, api_name="ask", **model)
+        for chip in proposed:
+            chip.click(str, chip, question, api_visibility="private", queue=False).then(visit.ask, **asking, **private)
+        gr.on(
+            [start.click, compared.submit], visit.compare, [source, compared], comparison, api_name="compare", **model
+        )
+        # The file is written when it is asked for, and its download starts by itself
+        save.click(visit.save, [source, count], file, api_name="save", **model).success(
+            None, js="() => document.querySelector('#file, #file a').click()"
+        )
+        load.upload(visit.load, load, [upload, *opened], api_name="load", **model)
+    return page
+
+
+def build_input(engine: DemoEngine, examples: Sequence[Example]) -> tuple[gr.File, gr.Radio, list[gr.Button]]:
+    """What is dropped, and into how many tokens it goes."""
+    limits = engine.limits
+    upload = uploads_only(
+        gr.File(label="Drop a picture or a short video", file_types=["image", "video"], height=170, elem_id="upload")
+    )
+    bounds = (
+        f"At most {limits.max_request_bytes / 1e6:g} MB and {limits.max_pixels / 1e6:g} megapixels; of a video "
+        f"{engine.num_frames} frames are read, evenly spaced. Files are forgotten after an hour."
+    )
+    gr.HTML(f'<p class="hint">{bounds}</p>', padding=False)
+    taken = []
+    if examples:
+        with gr.Row(elem_classes="examples"):
+            taken = [gr.Button(each.label, icon=str(each.icon), size="sm", min_width=90) for each in examples]
+    count = gr.Radio(
+        list(COUNTS),
+        value=2,
+        label="VoCo tokens to keep (k)",
+        info="Fewer tokens are smaller, more tell more. Of a video, for every frame.",
+        elem_id="count",
+    )
+    return upload, count, taken
+
+
+def build_asking(questions: Sequence[str]) -> tuple:
+    """Question, proposals, answer and what it all took."""
+    with gr.Row(elem_classes="line"):
+        question = gr.Textbox(
+            show_label=False,
+            container=False,
+            placeholder="Ask about the picture",
+            max_length=MAX_QUESTION,
+            scale=8,
+            elem_id="question",
+        )
+        send = gr.Button("Ask", variant="primary", scale=1, min_width=110, elem_id="ask")
+    with gr.Row(elem_classes="chips"):
+        proposed = [
+            gr.Button(text, visible=bool(text), size="sm", min_width=60)
+            for text in [*questions[:MAX_CHIPS], *[""] * (MAX_CHIPS - len(questions))]
+        ]
+    answer = gr.HTML("", elem_id="answer", padding=False)
+    ledger = gr.HTML(drawing.ledger([]), elem_id="ledger", padding=False)
+    return question, send, proposed, answer, ledger
+
+
+def build_comparing() -> tuple[gr.Textbox, gr.Button, gr.HTML]:
+    """One question, several ways of reading."""
+    gr.HTML(
+        '<p class="hint">The same question, read from 1, 2 and 8 VoCo tokens and from all vision tokens, '
+        "as a LLaVA of the same weights does.</p>",
+        padding=False,
+    )
+    with gr.Row(elem_classes="line"):
+        compared = gr.Textbox(
+            show_label=False,
+            container=False,
+            placeholder="Ask it in every way",
+            max_length=MAX_QUESTION,
+            scale=8,
+            elem_id="compared-question",
+        )
+        start = gr.Button("Compare", variant="primary", scale=1, min_width=110, elem_id="compare")
+    return compared, start, gr.HTML("", elem_id="comparison", padding=False)
+
+
+def build_keeping() -> tuple[gr.Button, gr.DownloadButton, gr.File]:
+    """What is kept as a file, and back."""
+    gr.Markdown(SAVE_AND_LOAD, elem_classes="reading")
+    with gr.Row(equal_height=False):
+        with gr.Column():
+            save = gr.Button("Save what is kept", variant="primary", elem_id="save")
+            file = gr.DownloadButton("Download", visible="hidden", elem_id="file")
+        with gr.Column():
+            load = uploads_only(
+                gr.File(label="Drop a VoCoCache file", file_types=[".safetensors"], height=130, elem_id="load")
+            )
+    return save, file, load
+
+
+__all__ = ["build_page"]
