@@ -92,14 +92,15 @@ class DemoEngine:
         limits: Limits | None = None,
         image_cache_bytes: int = 256_000_000,
     ):
-        self.model, self.processor = model, processor
+        self.model: Any = model
+        self.processor = processor
         self.limits = limits or Limits(max_tokens=256)
         self.num_frames = min(processor.num_frames, self.limits.max_images)
         self.cost = CostModel(model.config)
         self.num_vision_tokens = self.cost.num_vision_tokens
         self.window: int = model.config.text_config.max_position_embeddings
         self._images = ImageCache(image_cache_bytes)
-        self._llava = as_llava(model)
+        self._llava: Any = as_llava(model)
         self._stopwatch = Stopwatch(model)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
