@@ -92,7 +92,6 @@ class DemoEngine:
         limits: Limits | None = None,
         image_cache_bytes: int = 256_000_000,
     ):
-        # mypy does not find itself in the self argument that `generate` declares
         self.model: Any = model
         self.processor = processor
         self.limits = limits or Limits(max_tokens=256)

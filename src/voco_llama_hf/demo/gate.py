@@ -63,7 +63,7 @@ def uploads_only(file: gr.File) -> gr.File:
     def preprocess(payload: Any) -> str | None:
         return None if payload is None else payload.path
 
-    file.async_move_resource_to_block_cache = move_uploaded  # type: ignore[method-assign]
+    file.async_move_resource_to_block_cache = move_uploaded  # type: ignore[assignment, method-assign]
     file.preprocess = preprocess  # type: ignore[method-assign]
     return file
 

@@ -191,8 +191,8 @@ def build_page(
         questions (`Sequence[str]`, *optional*): What is proposed for anything else.
     """
     visit = Visit(engine, folder, examples, questions)
-    model = {"concurrency_id": "model", "concurrency_limit": 1}
-    private = {**model, "api_visibility": "private"}
+    model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+    private: dict[str, Any] = {**model, "api_visibility": "private"}
     with gr.Blocks(title="VoCo-LLaMA", analytics_enabled=False, delete_cache=(600, SESSION_SECONDS)) as page:
         source = gr.State(None, time_to_live=SESSION_SECONDS)
         steps = gr.State([], time_to_live=SESSION_SECONDS)
@@ -220,7 +220,7 @@ def build_page(
             button.click(visit.take, [gr.State(index), count], [upload, *opened], **private)
         count.input(visit.choose, [source, steps, count], [steps, picture, ledger], **private)
 
-        asking = {"inputs": [source, steps, count, question], "outputs": [steps, answer, ledger]}
+        asking: dict[str, Any] = {"inputs": [source, steps, count, question], "outputs": [steps, answer, ledger]}
         gr.on([send.click, question.submit], visit.ask, **asking, api_name="ask", **model)
         for chip in proposed:
             chip.click(str, chip, question, api_visibility="private", queue=False).then(visit.ask, **asking, **private)

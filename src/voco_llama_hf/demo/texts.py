@@ -19,8 +19,8 @@ HOW_IT_WORKS = """
 2. **Compress.** The language model reads them once, followed by *k* special tokens called `<voco>`. What those k
    tokens have understood ends up in their keys and values, which are the model's memory of them.
 3. **Ask.** Everything else is dropped. A question attends to the k VoCo tokens and to itself, never to the vision
-   tokens: so the vision tower has nothing to do any more, and the language model reads k tokens where it would read
-   {vision_tokens}.
+   tokens: so the vision tower has nothing to do any more, and where the language model would read {vision_tokens}
+   tokens of the picture, it reads k.
 
 ### What you see here is measured
 
