@@ -8,9 +8,9 @@ from modeling.helpers import random_inputs, random_pixels
 from transformers import DynamicCache, StaticCache, pipeline, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from voco_llama_cli.ask import build_prompt
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
+from voco_llama_hf.prompts import build_prompt
 from voco_llama_hf.training.scenes import make_scene
 
 

@@ -137,7 +137,7 @@ def test_card_of_the_embedded_checkpoint(monkeypatch, capsys):
     assert figures["sparse", None] == round(100 * results["uncompressed"]["sparse"]["all"], 4)
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
         assert Path(EMBEDDED_CHECKPOINT, picture).is_file()
-    assert PICTURE.read_bytes() == (ROOT / "docs" / "images" / "attention.png").read_bytes()
+    assert PICTURE.read_bytes() == (ROOT / "docs" / "source" / "images" / "attention.png").read_bytes()
 
 
 def test_refreshing_keeps_what_a_person_wrote(folder):
