@@ -127,8 +127,11 @@ def test_two_stages_under_autocast():
         single, stages = (MODEL(**batch, pixel_values=images, use_cache=cache).logits for cache in (False, True))
         groups = torch.ones_like(batch["input_ids"]).masked_fill(batch["input_ids"] == MODEL.config.voco_token_id, 0)
         grouped = MODEL(**batch, pixel_values=images, text_groups=groups, two_stages=True, use_cache=False).logits
+        cached = MODEL(**batch, voco_cache=MODEL.compress(images, [2, 1])).logits
     mask = batch["attention_mask"].bool()
     torch.testing.assert_close(stages[mask], single[mask], atol=0.05, rtol=0.05)
+    is_text = mask & (groups == 1)
+    torch.testing.assert_close(cached[is_text], stages[is_text], atol=0.05, rtol=0.05)
     assert grouped.isfinite().all()
 
 

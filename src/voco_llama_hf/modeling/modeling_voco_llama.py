@@ -320,7 +320,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         self._check_rotation()
         counts = self._per_image_counts(num_voco_tokens, pixel_values)
         keys, values, _ = self._compress(pixel_values, counts, batch_size, show_progress)
-        return VoCoCache(keys, values, counts, self.fingerprint())
+        # Under autocast rotated keys come in float32
+        return VoCoCache(keys.to(values.dtype), values, counts, self.fingerprint())
 
     def _compress_stream(
         self,
