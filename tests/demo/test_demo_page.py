@@ -101,8 +101,8 @@ def test_a_video(page):
     drop(page, FILM)
     expect(page.locator('#picture [data-voco-tokens="16"]')).to_contain_text("8 frames")
     expect(page.locator("#picture img")).to_have_count(8)
-    ask(page, "What colour is the square?")
-    expect_answer(page, "orange")
+    ask(page, "Does the white star move left or right?")
+    expect_answer(page, "right")
 
 
 def test_bad_uploads(page, tmp_path):

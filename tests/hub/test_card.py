@@ -135,6 +135,10 @@ def test_card_of_the_embedded_checkpoint(monkeypatch, capsys):
     }
     assert figures["dense", 1] == round(100 * results["k=1"]["dense"]["all"], 4)
     assert figures["sparse", None] == round(100 * results["uncompressed"]["sparse"]["all"], 4)
+    videos = json.loads(Path(EMBEDDED_CHECKPOINT, "results.json").read_text())["videos"]["accuracy"]
+    assert figures["temporal", 2] == round(100 * videos["k=2"]["all frames"]["temporal"], 4)
+    row = " | ".join(f"{100 * reading['temporal']:.1f}" for reading in videos["k=2"].values())
+    assert f"| k = 2 | {row} |" in card.text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
         assert Path(EMBEDDED_CHECKPOINT, picture).is_file()
     assert PICTURE.read_bytes() == (ROOT / "docs" / "source" / "images" / "attention.png").read_bytes()

@@ -9,13 +9,15 @@ from training.recipe import RECIPE
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.training import VoCoDataCollator
-from voco_llama_hf.training.moving_scenes import make_clips
+from voco_llama_hf.training.moving_scenes import WORDS, make_clips
 from voco_llama_hf.training.muon import MuonWithAdamW
 from voco_llama_hf.training.scenes import COLOURS, POSITIONS, SHAPES, make_scenes
 from voco_llama_hf.training.single_questions import SingleQuestionCollator
 from voco_llama_hf.training.tiny import (
     Phase,
     Recipe,
+    add_words,
+    average_weights,
     build_model,
     build_processor,
     conversations,
@@ -153,6 +155,34 @@ def test_model_fits_the_processor(processor):
     assert processor.tokenizer.decode(model.config.vision_suffix_token_ids) == "\n"
 
 
+def test_words_of_videos_become_tokens(scenes):
+    """Without a change to what is said of images."""
+    processor = build_processor(scenes)
+    model = build_model(processor, RECIPE)
+    texts = [text for scene in scenes for text in (*scene["questions"], scene["description"])]
+    before = processor.tokenizer(texts).input_ids
+    add_words(model, processor, WORDS)
+    assert processor.tokenizer(texts).input_ids == before
+    assert len(model.lm_head.weight) == model.config.text_config.vocab_size == len(processor.tokenizer)
+    clips = make_clips("train", 40)
+    said = [text for clip in clips for text in (*clip["questions"], *clip["answers"], clip["description"])]
+    ids = processor.tokenizer(said).input_ids
+    assert set(processor.tokenizer.convert_tokens_to_ids(list(WORDS))) <= {id for row in ids for id in row}
+    assert processor.batch_decode(ids, skip_special_tokens=True) == said
+
+
+def test_averaged_weights_lie_between(processor):
+    model, earlier = build_model(processor, RECIPE), build_model(processor, replace(RECIPE, seed=1))
+    ours, theirs = (deepcopy(m.state_dict()) for m in (model, earlier))
+    theirs["lm_head.weight"] = theirs["lm_head.weight"][:-3]  # of a smaller vocabulary
+    average_weights(model, theirs, 0.75)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            assert torch.equal(weight[-3:], ours[name][-3:])
+            weight, ours[name] = weight[:-3], ours[name][:-3]
+        torch.testing.assert_close(weight, 0.75 * ours[name] + 0.25 * theirs[name])
+
+
 def test_same_seed_builds_the_same_model(processor, model):
     other = build_model(processor, RECIPE)
     assert all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
@@ -198,7 +228,9 @@ def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
     first = replace(RECIPE, phases=RECIPE.phases[:1])
     train(first, work_dir, compile=False)
     trained = (work_dir / "uncompressed-final" / "model.safetensors").read_bytes()
-    videos = Phase("videos", 2, 1e-3, "cosine", num_voco_tokens=(1, 2, 0), describe=True, single=True, videos=True)
+    videos = Phase(
+        "videos", 2, 1e-3, "cosine", num_voco_tokens=(1, 2, 0), describe=True, single=True, videos=True, share=0.5
+    )
     recipe = replace(RECIPE, num_train_clips=8, num_test_clips=4, phases=(*RECIPE.phases, videos))
     train(recipe, work_dir, compile=False)
     assert (work_dir / "uncompressed-final" / "model.safetensors").read_bytes() == trained

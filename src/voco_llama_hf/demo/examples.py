@@ -52,10 +52,10 @@ EMBEDDED_EXAMPLES = (
         FOLDER / "film.mp4",
         FOLDER / "film.png",
         (
-            "What colour is the square?",
-            "What shape is orange?",
-            "How many objects are there?",
-            "Is there a red square?",
+            "Does the white star move left or right?",
+            "Does the white star speed up or slow down?",
+            "Which comes first, the red triangle or the green circle?",
+            "What shape is blue?",
         ),
     ),
 )
@@ -65,9 +65,9 @@ QUESTIONS = ("How many objects are there?", "What shape is red?", "What colour i
 
 ABOUT_EMBEDDED = (
     "The model on this page is tiny: {parameters} parameters. It was trained on **pictures of 64&times;64 pixels with "
-    "coloured shapes and handwritten digits** and knows nothing else. Ask it for colour, shape, digit, place and "
-    "number; about a photograph, or in other words, it makes answers up. Videos it was never taught: it takes their "
-    "frames for one scene."
+    "coloured shapes and handwritten digits**, on videos of eight such pictures, and knows nothing else. Ask it for "
+    "colour, shape, digit, place and number, which way something moves and what comes first; about a photograph, or "
+    "in other words, it makes answers up."
 )
 ABOUT_OTHERS = (
     "The model on this page is **{name}**: {parameters} parameters, {vision_tokens} vision tokens a picture."

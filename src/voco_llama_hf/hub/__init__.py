@@ -2,7 +2,7 @@
 
 from .card import make_card, write_card
 from .push import push_model
-from .results import eval_result, scenes_eval_results
+from .results import eval_result, scenes_eval_results, video_eval_results
 
 
-__all__ = ["eval_result", "make_card", "push_model", "scenes_eval_results", "write_card"]
+__all__ = ["eval_result", "make_card", "push_model", "scenes_eval_results", "video_eval_results", "write_card"]

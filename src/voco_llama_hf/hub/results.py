@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 
 TASK = "image-text-to-text"
 UNCOMPRESSED = "uncompressed"
-SCENES = "voco-scenes"
+SCENES, VIDEOS = "voco-scenes", "voco-scenes-videos"
 
 
 def eval_result(
@@ -77,16 +77,39 @@ def scenes_eval_results(results: dict[str, Any]) -> list[EvalResult]:
     return figures
 
 
+def video_eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    """
+    Figures of [`~voco_llama_hf.training.video_evaluation.VideoResults`], given as its fields: exact match in percent
+    on the questions that need the order of the frames and on those that do not, from all frames, from one, and from
+    all of them out of order.
+    """
+    return [
+        eval_result(VIDEOS, metric, 100 * readings[reading][group], int(k.removeprefix("k=")), group, results["split"])
+        for k, readings in results["accuracy"].items()
+        for group in ("temporal", "still")
+        for metric, reading in (
+            ("exact_match", "all frames"),
+            ("exact_match_one_frame", "one frame"),
+            ("exact_match_out_of_order", "out of order"),
+        )
+        if group in readings[reading]
+    ]
+
+
 def load_eval_results(path: Path) -> list[EvalResult]:
     """
-    Reads what `voco-llama evaluate --output` wrote, or the `results.json` of the embedded checkpoint.
+    Reads what `voco-llama evaluate --output` wrote of images or videos, or the `results.json` of the embedded
+    checkpoint, which has both.
 
     Raises:
         ValueError: if the file holds something else.
     """
     try:
         results = json.loads(path.read_text())
-        return scenes_eval_results(results.get("test", results))
+        if "num_clips" in results:
+            return video_eval_results(results)
+        videos = video_eval_results(results["videos"]) if "videos" in results else []
+        return [*scenes_eval_results(results.get("test", results)), *videos]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not what voco-llama evaluate --output writes ({error!r})") from error
 
@@ -127,4 +150,11 @@ def format_value(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-__all__ = ["eval_result", "load_eval_results", "merge_eval_results", "results_tables", "scenes_eval_results"]
+__all__ = [
+    "eval_result",
+    "load_eval_results",
+    "merge_eval_results",
+    "results_tables",
+    "scenes_eval_results",
+    "video_eval_results",
+]

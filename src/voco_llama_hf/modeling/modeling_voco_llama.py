@@ -211,7 +211,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             states = [voco_cache.keys, voco_cache.values]
         else:
             counts = self._per_image_counts(num_voco_tokens, pixel_values)
-            states = self._compress(pixel_values, counts)
+            # With a gradient all of them stay in memory, however many are compressed at a time
+            batch_size = len(pixel_values) if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
+            states = self._compress(pixel_values, counts, batch_size)
         if max(counts) > 1:
             offsets = torch.tensor([offset for count in counts for offset in range(count)], device=states[0].device)
             states[0] = self.rotate_keys(states[0], -offsets)

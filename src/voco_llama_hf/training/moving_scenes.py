@@ -27,6 +27,11 @@ SIDES = (13, 18)  # pixels of an object, both ends included
 BOX = (128, 128, 128)
 DIRECTIONS = {"horizontal": ("left", "right"), "vertical": ("up", "down")}
 DESCRIBE_VIDEO = "Describe the video."
+# What is said of videos and of no image, with the space in front where there is one
+WORDS = (
+    *("Does", "Which", "speed", "slow", "up", "down"),
+    *(" does", " move", " speed", " slow", " up", " down", " comes", " first", " hidden", " gone", " times", " blink"),
+)
 
 FEATURES = Features(
     {
@@ -217,10 +222,12 @@ CHANCE = {"direction": 1 / 2, "speed": 1 / 2, "order": 1 / 2, "hiding": 1 / 2, "
 
 
 def describe(clip: Clip) -> str:
-    """Every object frame by frame: where it is if it moves, and otherwise whether it is there, gone or hidden."""
-    return ", ".join(
-        f"{actor.phrase} {' '.join(_state(actor, i) for i in range(NUM_FRAMES))}" for actor in clip.actors
-    )
+    """
+    Every object frame by frame: where it is if it moves, and otherwise whether it is there, gone or hidden. In the
+    order of [`COLOURS`], so that nothing has to be guessed.
+    """
+    actors = sorted(clip.actors, key=lambda actor: list(COLOURS).index(actor.colour))
+    return ", ".join(f"{actor.phrase} {' '.join(_state(actor, i) for i in range(NUM_FRAMES))}" for actor in actors)
 
 
 def _state(actor: Actor, frame: int) -> str:
@@ -237,14 +244,15 @@ def make_clip(split: str, index: int, seed: int = 0) -> dict[str, object]:
     """Makes one row of [`make_clips`]; it depends on the arguments alone."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index, NUM_FRAMES))
     clip = sample_clip(rng)
-    asked = []
+    asked, told = [], []
     for family, questions_of in (*TEMPORAL_QUESTIONS.items(), (STILL, still_questions)):
         if pairs := list(questions_of(clip)):
             asked.append((family, *pairs[rng.integers(len(pairs))]))
+            told += pairs
     families, questions, answers = zip(*asked, strict=True)
     turns = [
         {"role": role, "content": text}
-        for pair in zip(questions, answers, strict=True)
+        for pair in told
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     return {
@@ -268,9 +276,9 @@ def make_clips(split: str, num_clips: int, seed: int = 0, num_proc: int | None =
         num_proc (`int`, *optional*): Number of processes.
 
     Returns:
-        [`~datasets.Dataset`]: columns `images` (the frames, 64x64 RGB, in time order), `messages` (one conversation in
-        the format TRL takes), `description` (all that happens), `families`, `questions` and `answers` (one entry a
-        question, at most one of a family).
+        [`~datasets.Dataset`]: columns `images` (the frames, 64x64 RGB, in time order), `messages` (one conversation of
+        all there is to ask, in the format TRL takes, what needs the order of the frames first), `description` (all
+        that happens), `families`, `questions` and `answers` (one entry a question, one of each family).
     """
     return Dataset.from_dict({"index": range(num_clips)}).map(
         lambda index: make_clip(split, index, seed),
