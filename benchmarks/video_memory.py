@@ -8,6 +8,7 @@ Every number of frames runs in a process of its own, with a random model around 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -124,11 +125,13 @@ def main(
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         calls = []
+        # What is freed goes back to the system at once: the C library would keep some, for sizes it has seen
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         for number in map(int, frames.split(",")):
             path = Path(folder) / f"{number}.mp4"
             write_video(path, number)
             command = [sys.executable, __file__, "--measure-file", str(path), *flags]
-            calls.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            calls.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         for call in track(calls, description="Compressing"):
             printed, _ = call.communicate()
             rows.append(json.loads(printed.splitlines()[-1]))
