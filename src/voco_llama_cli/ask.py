@@ -72,7 +72,7 @@ def ask(
     check_video_extra(images)
     from voco_llama_hf.images import open_image
     from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
-    from voco_llama_hf.prompts import build_prompt, check_question
+    from voco_llama_hf.prompts import build_prompt, check_question, starts_with_bos
     from voco_llama_hf.videos import is_video
 
     from .loading import find_model, load_model
@@ -102,8 +102,7 @@ def ask(
         voco_cache=voco_cache,
         num_voco_tokens=num_voco_tokens,
         num_frames=asked.frames,
-        # A template may write the BOS token itself
-        add_special_tokens=not prompt.startswith(processor.tokenizer.bos_token or "\0"),
+        add_special_tokens=not starts_with_bos(prompt, processor),
         return_tensors="pt",
     ).to(network.device)
     ids = network.generate(**inputs, voco_cache=voco_cache, max_new_tokens=max_new_tokens, do_sample=False)

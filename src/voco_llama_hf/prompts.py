@@ -34,4 +34,10 @@ def build_prompt(processor: VoCoLlamaProcessor, kinds: Sequence[str], question: 
     return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
 
-__all__ = ["build_prompt", "check_question"]
+def starts_with_bos(prompt: str, processor: VoCoLlamaProcessor) -> bool:
+    """Whether a template has written the BOS token, which must not be added again."""
+    bos = processor.tokenizer.bos_token
+    return bos is not None and prompt.startswith(bos)
+
+
+__all__ = ["build_prompt", "check_question", "starts_with_bos"]

@@ -12,6 +12,7 @@ from .stopwatch import Spent
 # What Gradio's templates would take for code
 TEMPLATE = {ord(mark): f"&#{ord(mark)};" for mark in "${}`\\"}
 MAX_SQUARES = 64  # VoCo tokens that are drawn one by one
+NUMBERS = ("vision", "language model", "tokens read")  # columns of the ledger
 MAX_SMALL_GRID = 12  # cells a side that can be told apart on a frame of a video
 
 
@@ -158,9 +159,6 @@ def ledger(steps: list[Step]) -> str:
         for name in ("step", "answer", "vision", "language model", "tokens read", "")
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{LEGEND}'
-
-
-NUMBERS = ("vision", "language model", "tokens read", "kept", "memory", "operations")
 
 
 def comparison(rows: list[tuple[int, Reading, Answer] | tuple[int, str]], num_images: int) -> str:

@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from ..hub.cost import CostModel
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.configuration_voco_llama import cache_bytes
-from ..prompts import build_prompt, check_question
+from ..prompts import build_prompt, check_question, starts_with_bos
 from ..serving import ImageCache, Limits
 from ..training.readers import as_llava
 from .sources import Source, load_cache, open_cache, open_picture, preprocess, read_pictures
@@ -271,8 +271,7 @@ class DemoEngine:
         return min(self.limits.max_tokens, self.window - num_prompt_tokens)
 
     def _tokenize(self, prompt: str, **images: Any) -> Any:
-        # A template may write the BOS token itself
-        add_special_tokens = not prompt.startswith(self.processor.tokenizer.bos_token or "\0")
+        add_special_tokens = not starts_with_bos(prompt, self.processor)
         return self.processor(text=prompt, add_special_tokens=add_special_tokens, return_tensors="pt", **images)
 
     def _inputs(self, prompt: str, cache: VoCoCache) -> dict[str, Any]:

@@ -173,10 +173,10 @@ def kept(source: Source, count: int) -> int:
     return 0 if source.kind == "cache" else count
 
 
-def chips(questions: Sequence[str]) -> list[Any]:
+def chips(questions: Sequence[str], **options: Any) -> list[gr.Button]:
     """Buttons of proposed questions; those left over are hidden."""
     padded = [*questions[:MAX_CHIPS], *[""] * (MAX_CHIPS - len(questions))]
-    return [gr.Button(question, visible=bool(question)) for question in padded]
+    return [gr.Button(question, visible=bool(question), **options) for question in padded]
 
 
 def build_page(
@@ -262,24 +262,27 @@ def build_input(engine: DemoEngine, examples: Sequence[Example]) -> tuple[gr.Fil
 
 def build_asking(questions: Sequence[str]) -> tuple:
     """Question, proposals, answer and what it all took."""
-    with gr.Row(elem_classes="line"):
-        question = gr.Textbox(
-            show_label=False,
-            container=False,
-            placeholder="Ask about the picture",
-            max_length=MAX_QUESTION,
-            scale=8,
-            elem_id="question",
-        )
-        send = gr.Button("Ask", variant="primary", scale=1, min_width=110, elem_id="ask")
+    question, send = build_line("question", "Ask about the picture", "ask")
     with gr.Row(elem_classes="chips"):
-        proposed = [
-            gr.Button(text, visible=bool(text), size="sm", min_width=60)
-            for text in [*questions[:MAX_CHIPS], *[""] * (MAX_CHIPS - len(questions))]
-        ]
+        proposed = chips(questions, size="sm", min_width=60)
     answer = gr.HTML("", elem_id="answer", padding=False)
     ledger = gr.HTML(drawing.ledger([]), elem_id="ledger", padding=False)
     return question, send, proposed, answer, ledger
+
+
+def build_line(name: str, placeholder: str, verb: str) -> tuple[gr.Textbox, gr.Button]:
+    """A line to type a question into, and the button that sends it."""
+    with gr.Row(elem_classes="line"):
+        line = gr.Textbox(
+            show_label=False,
+            container=False,
+            placeholder=placeholder,
+            max_length=MAX_QUESTION,
+            scale=8,
+            elem_id=name,
+        )
+        send = gr.Button(verb.capitalize(), variant="primary", scale=1, min_width=110, elem_id=verb)
+    return line, send
 
 
 def build_comparing() -> tuple[gr.Textbox, gr.Button, gr.HTML]:
@@ -289,16 +292,7 @@ def build_comparing() -> tuple[gr.Textbox, gr.Button, gr.HTML]:
         "as a LLaVA of the same weights does.</p>",
         padding=False,
     )
-    with gr.Row(elem_classes="line"):
-        compared = gr.Textbox(
-            show_label=False,
-            container=False,
-            placeholder="Ask it in every way",
-            max_length=MAX_QUESTION,
-            scale=8,
-            elem_id="compared-question",
-        )
-        start = gr.Button("Compare", variant="primary", scale=1, min_width=110, elem_id="compare")
+    compared, start = build_line("compared-question", "Ask it in every way", "compare")
     return compared, start, gr.HTML("", elem_id="comparison", padding=False)
 
 

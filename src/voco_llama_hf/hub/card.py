@@ -11,6 +11,7 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
+from ..prompts import starts_with_bos
 from .cost import CostModel, ImageCost
 from .results import TASK, load_eval_results, merge_eval_results, results_tables
 
@@ -273,7 +274,7 @@ def writes_bos(processor: VoCoLlamaProcessor) -> bool:
         return False
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     prompt: Any = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    return prompt.startswith(processor.tokenizer.bos_token or "\0")
+    return starts_with_bos(prompt, processor)
 
 
 __all__ = ["folder_card", "make_card", "write_card"]

@@ -18,6 +18,7 @@ from transformers.cli.serving.utils import GenerationState
 
 from ..images import TooLargeError, decode_image
 from ..modeling import VoCoCache
+from ..prompts import starts_with_bos
 from .image_cache import ImageCache, hash_bytes
 from .limits import Limits
 from .messages import check_options, is_integer, parse_messages, shown
@@ -136,9 +137,7 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
 
     def _inputs(self, prompt: str, caches: list[VoCoCache]) -> dict[str, Any]:
         """What `generate` takes."""
-        # A template may write the BOS token itself
-        add_special_tokens = not prompt.startswith(self.processor.tokenizer.bos_token or "\0")
-        options = {"add_special_tokens": add_special_tokens, "return_tensors": "pt"}
+        options = {"add_special_tokens": not starts_with_bos(prompt, self.processor), "return_tensors": "pt"}
         if not caches:
             return dict(self.processor(text=prompt, **options).to(self.model.device))
         cache = VoCoCache.cat(caches).to(self.model.device)
