@@ -1,7 +1,8 @@
 """What a question about VoCo tokens takes beyond the same question without an image, and which part takes it.
 
-Both run the same language model from `generate` to the first token, in turns. The parts are what this package adds to
-transformers' own `generate`; their time is the host's, so on a GPU what their kernels take comes on top.
+Both run the same language model from `generate` to the first token, in turns; so does transformers' own LLaVA without
+an image, which shows what its class takes beyond a text model. The parts are what this package adds to transformers'
+own `generate`; their time is the host's, so on a GPU what their kernels take comes on top.
 
     python benchmarks/overhead.py --preset llava-1.5-7b --output benchmarks/results/overhead_llava_7b_cpu.json
 """
@@ -24,12 +25,13 @@ from transformers import Cache
 
 from voco_llama_hf.benchmark.measure import Timing, alternate
 from voco_llama_hf.benchmark.presets import PRESETS, build_model
-from voco_llama_hf.benchmark.question import LIMIT, VOCO_CACHE, Question, make_networks
+from voco_llama_hf.benchmark.question import LIMIT, NO_CACHE, VOCO_CACHE, Question, make_networks
 from voco_llama_hf.benchmark.results import about
 from voco_llama_hf.files import written_aside
 from voco_llama_hf.modeling import generation_voco_llama, modeling_voco_llama
 
 
+LLAVA = "text only, LLaVA"
 INJECT, FILL = "inject keys and values", "fill the cache"
 PARTS = {
     "find new images": (generation_voco_llama, "find_new_images"),
@@ -69,20 +71,22 @@ class Stopwatch:
         return seconds
 
 
-def ask(networks: dict[str, Any], way: str, question: Question, device: torch.device) -> Callable[[], Any]:
+def ask(networks: dict[str, Any], way: str, question: Question, static: bool) -> Callable[[], Any]:
     """A call of `generate` to the first token."""
     inputs = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in question.inputs(way).items()
+        name: value.to(question.model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in question.inputs(LIMIT if way == LLAVA else way).items()
     }
     options = {"do_sample": False, "max_new_tokens": 1, "eos_token_id": None, "pad_token_id": 0}
+    if static:
+        options |= {"cache_implementation": "static", "max_cache_len": inputs["input_ids"].shape[1] + 1}
     return lambda: networks[way].generate(**inputs, **options)
 
 
-def measure(networks: dict[str, Any], question: Question, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Times of both questions, then the parts of one of them."""
-    calls = {way: ask(networks, way, question, device) for way in (VOCO_CACHE, LIMIT)}
-    timings: dict[str, Timing] = alternate(calls, rounds, device)
+def measure(networks: dict[str, Any], question: Question, rounds: int, static: bool) -> dict[str, Any]:
+    """Times of the questions."""
+    calls = {way: ask(networks, way, question, static) for way in (VOCO_CACHE, LLAVA, LIMIT)}
+    timings: dict[str, Timing] = alternate(calls, rounds, question.model.device)
     return {
         "batch_size": question.batch_size,
         "seconds": {way: timing.median for way, timing in timings.items()},
@@ -110,6 +114,7 @@ def main(
     prompt_tokens: int = 32,
     batch_sizes: Annotated[str, typer.Option(help="Separated by commas.")] = "1,8",
     rounds: int = 3,
+    static: Annotated[bool, typer.Option(help="With static caches, into which compiled decoding writes.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
     """Measure what this package adds to a question."""
@@ -117,18 +122,24 @@ def main(
     with console.status("Drawing random weights"):
         model = build_model(PRESETS[preset](), device, getattr(torch, dtype))
     networks = make_networks(model)
+    networks[LLAVA] = networks[NO_CACHE]
     records = []
     for batch_size in map(int, batch_sizes.split(",")):
         question = Question(networks, num_voco_tokens, prompt_tokens, batch_size)
         with console.status(f"Batch of {batch_size}"):
-            records.append(measure(networks, question, rounds, model.device))
+            records.append(measure(networks, question, rounds, static))
     stopwatch = Stopwatch()
     for record in records:
         question = Question(networks, num_voco_tokens, prompt_tokens, record["batch_size"])
-        record["parts"] = measure_parts(ask(networks, VOCO_CACHE, question, model.device), stopwatch, rounds)
+        record["parts"] = measure_parts(ask(networks, VOCO_CACHE, question, static), stopwatch, rounds)
         console.print(make_table(record, preset, prompt_tokens))
     if output is not None:
-        settings = {"num_voco_tokens": num_voco_tokens, "prompt_tokens": prompt_tokens, "rounds": rounds}
+        settings = {
+            "num_voco_tokens": num_voco_tokens,
+            "prompt_tokens": prompt_tokens,
+            "rounds": rounds,
+            "static": static,
+        }
         with written_aside(output) as part:
             part.write_text(
                 json.dumps({**about(preset, model, model.dtype), **settings, "first_token": records}, indent=2) + "\n"

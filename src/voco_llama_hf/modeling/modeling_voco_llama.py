@@ -671,17 +671,16 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
         num_front = count_front_columns(tokens, voco_mask.shape, attention_mask)
         num_left_out = self._count_left_out(num_front, length, mask, kwargs)
-        is_front = tokens[:, 1] < num_front
-        front_tokens, other_tokens = (mask.nonzero().flatten().to(device) for mask in (is_front, ~is_front))
-        places = token_rows[front_tokens], token_columns[front_tokens]
+        front, among = split_tokens(tokens[:, 1] < num_front, device)
+        places = token_rows[front], token_columns[front]
         kinds = keys, states[:, 1]
         injection = InjectionCache(
             cache,
-            [place_tokens(select_tokens(kind, front_tokens), *places, (batch_size, num_front)) for kind in kinds],
+            [place_tokens(kind[front], *places, (batch_size, num_front)) for kind in kinds],
             num_left_out,
-            [select_tokens(kind, other_tokens) for kind in kinds],
-            token_rows[other_tokens],
-            token_columns[other_tokens] - num_front,
+            [kind[among] for kind in kinds],
+            token_rows[among],
+            token_columns[among] - num_front,
         )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds[:, num_left_out:],
@@ -840,7 +839,8 @@ def _rotate_block(keys: torch.Tensor, positions: torch.Tensor, rotary_emb: torch
     by_head = keys.float().flatten(1, -2).transpose(0, 1)[None]
     cos, sin = rotary_emb(by_head, positions[None])
     # Scaled RoPE (YaRN) scales cos and sin; the keys have that factor already
-    cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
+    if rotary_emb.attention_scaling != 1:
+        cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
     rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
     return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
 
@@ -869,9 +869,12 @@ def count_front_columns(tokens: torch.Tensor, shape: torch.Size, attention_mask:
     return int(has_text.int().argmax())
 
 
-def select_tokens(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`states[tokens]` for ascending `tokens`; all of them are not copied."""
-    return states if len(tokens) == len(states) else states[tokens]
+def split_tokens(is_front: torch.Tensor, device: torch.device) -> tuple[Any, Any]:
+    """Indices of tokens in front and of the others; where there are no others, slices, which copy nothing."""
+    num_front = int(is_front.sum())
+    if num_front in (0, len(is_front)):
+        return slice(num_front), slice(num_front, None)
+    return is_front.nonzero().flatten().to(device), (~is_front).nonzero().flatten().to(device)
 
 
 def place_tokens(

@@ -66,20 +66,29 @@ class Arm:
 UPPER = Arm("upper bound", (1,), read_at=(1,), attention_mode=CAUSAL)
 
 
+def fixed_arm(k: int, read_at: tuple[int, ...] = ()) -> Arm:
+    """One number of VoCo tokens in training, and asked at, or asked at others."""
+    return Arm(f"trained at k={k}", (k,), read_at=read_at or (k,))
+
+
+def elastic_arm(ks: tuple[int, ...]) -> Arm:
+    """Every number of VoCo tokens, and none."""
+    return Arm("elastic", (*ks, 0), read_at=ks)
+
+
 def make_arms(ks: tuple[int, ...]) -> tuple[Arm, ...]:
     """
     All arms, in the order of the table, for the numbers of VoCo tokens `ks`, ascending. One number is trained at its
     smallest and at its largest, and what the largest taught is asked at all (paper, Table 4).
     """
-    fixed = [Arm(f"trained at k={k}", (k,), read_at=ks if k == ks[-1] else (k,)) for k in sorted({ks[0], ks[-1]})]
     return (
         UPPER,
         Arm("uncompressed only", (0,)),
         Arm("average pooling", (0,), compressor="average pooling"),
         Arm("q-former", (0,), compressor="q-former"),
-        *fixed,
-        Arm("elastic", (*ks, 0), read_at=ks),
-        Arm("elastic, distilled", (*ks, 0), read_at=ks, distillation_weight=0.5),
+        *(fixed_arm(k, read_at=ks if k == ks[-1] else ()) for k in sorted({ks[0], ks[-1]})),
+        elastic_arm(ks),
+        replace(elastic_arm(ks), name="elastic, distilled", distillation_weight=0.5),
     )
 
 
@@ -92,6 +101,7 @@ class Study:
         work_dir (`Path`): Folder of data, weights and answers; what an interrupted run has left is kept.
         steps (`int`): Optimizer steps of every arm.
         base ([`Recipe`], *optional*): How the model is trained that all arms start from.
+        trained_base (`Path`, *optional*): Folder of that model, of the shape of `base`, where it is trained already.
         num_proc (`int`, *optional*): Processes that draw scenes.
         compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
     """
@@ -99,13 +109,14 @@ class Study:
     work_dir: Path
     steps: int
     base: Recipe = BASE
+    trained_base: Path | None = None
     num_proc: int | None = None
     compile: bool = True
 
     @property
     def start(self) -> Path:
         """Folder of the model that all arms start from."""
-        return final_dir(self.work_dir, self.base.phases[-1].name)
+        return self.trained_base or final_dir(self.work_dir, self.base.phases[-1].name)
 
     @cached_property
     def processor(self) -> VoCoLlamaProcessor:
@@ -115,7 +126,8 @@ class Study:
     def prepare(self) -> None:
         """Trains the model that all arms start from, unless it is there."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        train(self.base, self.work_dir, self.num_proc, self.compile)
+        if self.trained_base is None:
+            train(self.base, self.work_dir, self.num_proc, self.compile)
 
     def trained(self, arm: Arm, seed: int) -> PreTrainedModel:
         """The model of an arm, trained or loaded."""

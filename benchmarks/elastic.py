@@ -1,0 +1,84 @@
+"""Whether one model for every number of VoCo tokens answers worse than a model for one of them.
+
+The embedded checkpoint, which was trained elastically, is trained on twice from the same weights, on the same scenes
+and for as many steps: elastically again, and with one number of VoCo tokens alone. What the second gains over the
+first is what elastic training gives away. About 25 minutes an arm on two CPU cores; what an interrupted run has left
+is kept in the work folder.
+
+    python benchmarks/elastic.py --alone 1 --output benchmarks/results/elastic_cpu.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import trl
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from voco_llama_hf import EMBEDDED_CHECKPOINT
+from voco_llama_hf.benchmark.results import hardware
+from voco_llama_hf.files import written_aside
+from voco_llama_hf.training.retention.study import Arm, Study, elastic_arm, fixed_arm
+from voco_llama_hf.training.scenes import DIFFICULTIES
+
+
+KS = (1, 2, 4, 8)
+
+
+def main(
+    alone: Annotated[str, typer.Option(help="Numbers of VoCo tokens to train alone, separated by commas.")] = "1",
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    seed: int = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Scenes of the test split to ask about.")] = 600,
+    work_dir: Path = Path("runs") / "elastic",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
+) -> None:
+    """Train on, together and alone, and ask."""
+    console = Console(width=100)
+    study = Study(work_dir, steps, trained_base=Path(EMBEDDED_CHECKPOINT))
+    study.prepare()
+    arms = [elastic_arm(KS), *(fixed_arm(int(k)) for k in alone.split(","))]
+    accuracy = {}
+    for arm in arms:
+        console.rule(arm.name)
+        accuracy[arm.name] = study.answers(arm, seed, "test", limit).accuracy
+    console.print(make_table(arms, accuracy))
+    if output is not None:
+        record = {
+            "date": date.today().isoformat(),
+            "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+            "steps": steps,
+            "seed": seed,
+            "split": "test",
+            "num_scenes": limit,
+            "arms": [asdict(arm) for arm in arms],
+            "accuracy": accuracy,
+        }
+        with written_aside(output) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def make_table(arms: list[Arm], accuracy: dict[str, dict]) -> Table:
+    """Exact match in percent."""
+    table = Table(title="The embedded checkpoint, trained on: exact match in percent")
+    for heading in ("trained on", "asked with", *DIFFICULTIES):
+        table.add_column(heading, justify="left" if heading not in DIFFICULTIES else "right")
+    for arm in arms:
+        for reading, scores in accuracy[arm.name].items():
+            table.add_row(
+                arm.name, reading, *(f"{100 * scores[difficulty]['all']:.1f}" for difficulty in DIFFICULTIES)
+            )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
