@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
-TABLE_WIDTH = 120
+TABLE_WIDTH = 132
 NUMBERS_OPTIONS = ("--num-voco-tokens", "-k")
 
 
@@ -203,7 +203,7 @@ def compare_compressors(
     console = wide_console()
     study = Study(work_dir, steps)
     results = run_study(study, tuple(sorted(set(counts))), range(seeds), split, limit, report=console.rule)
-    about = f"{split} split, {limit} scenes, {steps} steps, {seeds} seeds"
+    about = f"{split} split, {limit} scenes, {steps} steps, {seeds} seed{'' if seeds == 1 else 's'}"
     rows = {difficulty: make_rows(results, difficulty) for difficulty in DIFFICULTIES}
     for difficulty, its_rows in rows.items():
         print_rows(its_rows, f"{difficulty} scenes: exact match and retention in percent ({about})", console)
