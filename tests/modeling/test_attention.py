@@ -10,7 +10,7 @@ from modeling.reference import Image, row_logits, short_batch, stock_llava, unco
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaModel
-from voco_llama_hf.modeling.attention_voco_llama import resolve_num_voco_tokens
+from voco_llama_hf.modeling.attention_voco_llama import VoCoRuns, find_starts, resolve_num_voco_tokens
 
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -304,6 +304,29 @@ def test_counts_that_do_not_fit_are_named(counts, images, tokens, message):
 def test_voco_tokens_torn_apart_are_an_error():
     with pytest.raises(ValueError, match="image 0 is torn apart"):
         MODEL(input_ids=torch.tensor([[127, 20, 127]]), pixel_values=pixels(1), num_voco_tokens=2)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3), st.data())
+def test_torn_images_are_told_from_whole_ones(rows, data):
+    """On the host and on the device, against a walk over every image's tokens."""
+    tokens = [(row, column) for row, is_voco in enumerate(rows) for column in range(6) if is_voco[column]]
+    counts = []
+    while sum(counts) < len(tokens):
+        counts.append(data.draw(st.integers(1, len(tokens) - sum(counts))))
+    images = [tokens[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+    torn = [
+        i
+        for i, ((row, column), *rest) in enumerate(images)
+        if rest != [(row, column + n + 1) for n in range(len(rest))]
+    ]
+    mask = torch.tensor(rows)
+    for find in (lambda: find_starts(mask.numpy(), counts), lambda: VoCoRuns.find(mask, counts).starts):
+        if torn:
+            with pytest.raises(ValueError, match=f"image {torn[0]} is torn apart"):
+                find()
+        else:
+            assert find().tolist() == [image[0][1] for image in images]
 
 
 def test_modes_other_than_voco_take_no_cache():

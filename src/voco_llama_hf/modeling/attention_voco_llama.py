@@ -13,6 +13,7 @@ and the rule (paper, Eq. 3, with segments independent of each other) is
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -121,6 +122,39 @@ def per_image_counts(num_voco_tokens: int | list[int] | torch.Tensor, num_images
     return counts
 
 
+def torn_apart(counts: list[int], image: int) -> ValueError:
+    return ValueError(
+        f"the <voco> tokens do not stand together as images of {counts} tokens: image {image} is torn apart"
+    )
+
+
+def find_starts(voco_mask: np.ndarray, counts: list[int]) -> np.ndarray:
+    """
+    Columns of the first `<voco>` token of each image. On the host, where a question about compressed images is read:
+    steps this small take NumPy a fraction of the time.
+
+    Args:
+        voco_mask (`np.ndarray` of shape `(batch_size, sequence_length)`):
+            True at `<voco>` tokens, `sum(counts)` of them.
+        counts (`list[int]`):
+            VoCo tokens of each image, in the order in which the images stand in the batch.
+
+    Raises:
+        ValueError: if the tokens of an image are not neighbours in one row.
+    """
+    rows, columns = voco_mask.nonzero()
+    lengths = np.array(counts, dtype=int)
+    ends = lengths.cumsum()
+    starts = ends - lengths
+    follows = np.ones(len(rows), dtype=bool)
+    follows[starts] = False
+    is_neighbour = (np.diff(rows, prepend=-1) == 0) & (np.diff(columns, prepend=-1) == 1)
+    torn = (follows & ~is_neighbour).nonzero()[0]
+    if len(torn) > 0:
+        raise torn_apart(counts, int(np.searchsorted(ends, torn[0], side="right")))
+    return columns[starts]
+
+
 @dataclass
 class VoCoRuns:
     """
@@ -155,17 +189,14 @@ class VoCoRuns:
         """
         device = voco_mask.device
         token_rows, token_columns = voco_mask.nonzero(as_tuple=True)
-        image_counts = torch.tensor(counts, device=device)
+        image_counts = torch.tensor(counts, dtype=torch.long, device=device)
         token_images = torch.arange(len(counts), device=device).repeat_interleave(image_counts)
         first = image_counts.cumsum(0) - image_counts
         token_offsets = torch.arange(len(token_rows), device=device) - first[token_images]
         rows, starts = token_rows[first], token_columns[first]
         torn = (token_rows != rows[token_images]) | (token_columns != starts[token_images] + token_offsets)
         if torn.any():
-            raise ValueError(
-                f"the <voco> tokens do not stand together as images of {counts} tokens: "
-                f"image {token_images[torn][0].item()} is torn apart"
-            )
+            raise torn_apart(counts, int(token_images[torn][0]))
         return cls(rows, starts, image_counts, token_rows, token_columns, token_images, token_offsets)
 
 

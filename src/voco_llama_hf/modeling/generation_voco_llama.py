@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationMixin
 
-from .attention_voco_llama import VoCoRuns, resolve_num_voco_tokens
+from .attention_voco_llama import find_starts, resolve_num_voco_tokens
 
 
 class VoCoLlamaGenerationMixin(GenerationMixin):
@@ -33,7 +34,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
         )
         embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
         # Read where the host is: one wait for the device instead of one for every number
-        voco_mask = self.get_voco_mask(inputs_tensor if embeds is None else None, embeds).cpu()
+        voco_mask = self.get_voco_mask(inputs_tensor if embeds is None else None, embeds).cpu().numpy()
         seen = self._num_seen_tokens(inputs_tensor, model_kwargs, generation_config)
         if pixel_values is None and voco_cache is None:
             num_new = int(voco_mask[:, seen:].sum())
@@ -94,15 +95,15 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
 
 
 def find_new_images(
-    voco_mask: torch.Tensor, seen: int, num_voco_tokens: int | list[int] | torch.Tensor | None, num_images: int
+    voco_mask: np.ndarray, seen: int, num_voco_tokens: int | list[int] | torch.Tensor | None, num_images: int
 ) -> tuple[list[int], list[int]]:
     """
     Which of the images given to a turn of a conversation are new, and their numbers of VoCo tokens. A turn may bring
     its own images only, or those of all turns again.
 
     Args:
-        voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
-            The `<voco>` tokens of the input.
+        voco_mask (`np.ndarray` of shape `(batch_size, sequence_length)`):
+            True at `<voco>` tokens of the input.
         seen (`int`):
             Leading tokens of the input that earlier turns have left in the key-value cache.
 
@@ -114,16 +115,16 @@ def find_new_images(
     if num_tokens != int(new_mask.sum()):
         try:
             all_counts = resolve_num_voco_tokens(num_voco_tokens, num_images, num_tokens)
-            all_starts = VoCoRuns.find(voco_mask, all_counts).starts
+            all_starts = find_starts(voco_mask, all_counts)
         except ValueError:  # not the images of all turns
             pass
     try:
         counts = resolve_num_voco_tokens(num_voco_tokens, num_images, int(new_mask.sum()))
-        VoCoRuns.find(new_mask, counts)
+        find_starts(new_mask, counts)
     except ValueError:
         if all_starts is None:
             raise
-        images = (all_starts >= seen).nonzero().flatten().tolist()
+        images = (all_starts >= seen).nonzero()[0].tolist()
         return images, [all_counts[image] for image in images]
     if all_starts is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Cache, DynamicCache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -27,6 +28,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention_voco_llama import (
     ExpandedLayout,
     VoCoRuns,
+    find_starts,
     group_positions,
     per_image_counts,
     position_window_function,
@@ -154,7 +156,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         text_config: Any = config.text_config
         check_text_config(text_config)
         super().__init__(config)
-        self._fingerprint: tuple[list, dict[str, str]] | None = None
+        self._fingerprint: tuple[tuple, dict[str, str]] | None = None
         self._rotation_is_checked = False
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -507,7 +509,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         voco_mask: Any = self.get_voco_mask(input_ids, inputs_embeds) if has_images else None
         if has_images and (two_stages or pixel_values is None):
             # Read where the host is: one wait for the device instead of one for every number
-            voco_mask = voco_mask.cpu()
+            voco_mask = voco_mask.cpu().numpy()
         # Later calls of one conversation may bring images along that its cache holds already
         if not has_images or (features is not None and not voco_mask.any()):
             outputs = self.language_model(
@@ -520,11 +522,12 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             if voco_cache is not None and num_voco_tokens is None:
                 num_voco_tokens = voco_cache.token_counts
             counts = resolve_num_voco_tokens(num_voco_tokens, len(images), int(voco_mask.sum()))
-            runs = VoCoRuns.find(voco_mask, counts)
             if pixel_values is not None and not two_stages:
+                runs = VoCoRuns.find(voco_mask, counts)
                 return self._forward_expanded(
                     inputs_embeds, pixel_values, runs, mode, text_groups=text_groups, **language_inputs
                 )
+            find_starts(voco_mask, counts)
             features = self.get_image_features(pixel_values, counts, voco_cache)
         rows: Any = features.pooler_output
         return self._forward_injected(
@@ -631,7 +634,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         self,
         inputs_embeds: torch.Tensor,
         images: Any,
-        voco_mask: torch.Tensor,
+        voco_mask: np.ndarray,
         past_key_values: Cache | None,
         use_cache: bool,
         text_groups: torch.Tensor | None,
@@ -645,7 +648,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
         Args:
             images (`torch.Tensor` or `list[torch.Tensor]`): What [`get_image_features`] returned.
-            voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): On the host.
+            voco_mask (`np.ndarray` of shape `(batch_size, sequence_length)`): True at `<voco>` tokens.
         """
         cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
         batch_size, length = voco_mask.shape
@@ -658,7 +661,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             position_ids = torch.arange(length, device=device)[None] + cache.get_seq_length()
         rows = images.flatten(0, 1) if isinstance(images, torch.Tensor) else torch.cat(images)
         states, voco_hidden = self._split_rows(rows.to(device))
-        tokens = voco_mask.nonzero()
+        tokens = np.argwhere(voco_mask)
         if batch_size == 1:
             # Assisted decoding of one sequence may propose `<voco>` tokens behind it, which are ordinary tokens
             tokens = tokens[: len(rows)]
@@ -666,10 +669,10 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             raise ValueError(
                 f"the input has {len(tokens)} <voco> tokens, but its images were compressed into {len(rows)}"
             )
-        token_rows, token_columns = tokens.to(device).unbind(-1)
+        token_rows, token_columns = torch.from_numpy(tokens).to(device).unbind(-1)
         keys = self.rotate_keys(states[:, 0], position_ids.expand(batch_size, -1)[token_rows, token_columns])
 
-        num_front = count_front_columns(tokens, voco_mask.shape, attention_mask)
+        num_front = count_front_columns(voco_mask, attention_mask)
         num_left_out = self._count_left_out(num_front, length, mask, kwargs)
         front, among = split_tokens(tokens[:, 1] < num_front, device)
         places = token_rows[front], token_columns[front]
@@ -841,7 +844,8 @@ def _rotate_block(keys: torch.Tensor, positions: torch.Tensor, rotary_emb: torch
     # Scaled RoPE (YaRN) scales cos and sin; the keys have that factor already
     if rotary_emb.attention_scaling != 1:
         cos, sin = cos / rotary_emb.attention_scaling, sin / rotary_emb.attention_scaling
-    rotated = rotation(by_head[:, :0], by_head, cos, sin)[1]
+    # Queries and keys are rotated alike, so that keys can take the place of both
+    rotated = torch.cat(rotation(*by_head.tensor_split(2, dim=1), cos, sin), dim=1)
     return rotated[0].transpose(0, 1).reshape(keys.shape).to(keys.dtype)
 
 
@@ -850,31 +854,30 @@ def tells_padding(attention_mask: Any) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
-def count_front_columns(tokens: torch.Tensor, shape: torch.Size, attention_mask: Any) -> int:
+def count_front_columns(voco_mask: np.ndarray, attention_mask: Any) -> int:
     """
     Columns that hold nothing but images, or padding, in every row, in front of all others.
 
     Args:
-        tokens (`torch.LongTensor` of shape `(num_tokens, 2)`): Row and column of every `<voco>` token, on the host.
-        shape (`torch.Size`): Rows and columns.
+        voco_mask (`np.ndarray` of shape `(batch_size, sequence_length)`): True at `<voco>` tokens.
         attention_mask (`torch.Tensor`, *optional*): Padding is known if [`tells_padding`].
     """
-    is_text = torch.ones(shape, dtype=torch.bool)
-    is_text[tokens[:, 0], tokens[:, 1]] = False
+    is_text = ~voco_mask
     if tells_padding(attention_mask):
-        is_text &= attention_mask[:, -shape[1] :].cpu().bool()
-    has_text = is_text.any(0)
+        is_text &= attention_mask[:, -voco_mask.shape[1] :].bool().cpu().numpy()
+    has_text: Any = is_text.any(axis=0)
     # At least one column is run, for the last hidden states
     has_text[-1] = True
-    return int(has_text.int().argmax())
+    return int(has_text.argmax())
 
 
-def split_tokens(is_front: torch.Tensor, device: torch.device) -> tuple[Any, Any]:
+def split_tokens(is_front: np.ndarray, device: torch.device) -> tuple[Any, Any]:
     """Indices of tokens in front and of the others; where there are no others, slices, which copy nothing."""
     num_front = int(is_front.sum())
     if num_front in (0, len(is_front)):
         return slice(num_front), slice(num_front, None)
-    return is_front.nonzero().flatten().to(device), (~is_front).nonzero().flatten().to(device)
+    front, others = (torch.from_numpy(chosen.nonzero()[0]).to(device) for chosen in (is_front, ~is_front))
+    return front, others
 
 
 def place_tokens(
@@ -886,18 +889,23 @@ def place_tokens(
     return states.new_zeros(*shape, *states.shape[1:]).index_put((rows, columns), states)
 
 
-def weights_state(model: torch.nn.Module) -> list[tuple[int, int]]:
+def weights_state(model: torch.nn.Module) -> tuple[list[int], list[int]]:
     """
-    Address and version of every parameter, which tell whether weights have changed. Every question about a compressed
-    image asks for them, and `named_parameters` would take longer than anything else around the passes.
+    Addresses and versions of all parameters, which tell whether weights have changed. Every question about a
+    compressed image asks for them, and `named_parameters` would take longer than anything else around the passes.
     """
-    modules: list[torch.nn.Module | None] = [model]
-    parameters: list[torch.nn.Parameter | None] = []
+    modules: list[torch.nn.Module] = [model]
+    parameters: list[torch.nn.Parameter] = []
     for module in modules:  # which grows meanwhile
-        if module is not None:
-            modules += module._modules.values()
-            parameters += module._parameters.values()
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters if p is not None]
+        if module._modules:
+            modules += [child for child in module._modules.values() if child is not None]
+        if module._parameters:
+            parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
+    try:
+        versions = [parameter._version for parameter in parameters]
+    except RuntimeError:  # tensors of inference mode have none
+        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
+    return [parameter.data_ptr() for parameter in parameters], versions
 
 
 def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:
