@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TABLE_WIDTH = 140
 
 
-class Preset(str, Enum):
+class Preset(StrEnum):
     """Shapes of models, with random weights."""
 
     llava_1_5_7b = "llava-1.5-7b"
@@ -36,7 +36,7 @@ class Preset(str, Enum):
     tiny = "tiny"
 
 
-class CacheKind(str, Enum):
+class CacheKind(StrEnum):
     """Caches that `generate` fills."""
 
     dynamic = "dynamic"

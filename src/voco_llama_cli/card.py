@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 from .errors import UsageProblem
 
 
-class Relation(str, Enum):
+class Relation(StrEnum):
     """How a model was made of its base model, in the Hub's words."""
 
     finetune = "finetune"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +33,7 @@ TABLE_WIDTH = 132
 NUMBERS_OPTIONS = ("--num-voco-tokens", "-k")
 
 
-class Split(str, Enum):
+class Split(StrEnum):
     """Splits of the scenes."""
 
     train = "train"
@@ -41,7 +41,7 @@ class Split(str, Enum):
     test = "test"
 
 
-class Suite(str, Enum):
+class Suite(StrEnum):
     """What is measured."""
 
     scenes = "scenes"

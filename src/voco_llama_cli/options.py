@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
-from enum import Enum
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ from .errors import UsageProblem
 PLOT_FORMATS = (".pdf", ".png", ".svg")
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Data types a model can run in or be stored in."""
 
     float32 = "float32"

@@ -1,10 +1,10 @@
 """The folder of the Space: what the Hub reads of it, and that its app starts."""
 
+import tomllib
 from pathlib import Path
 
 import gradio
 import httpx2
-import tomllib
 from demo.conftest import free_port, running
 from huggingface_hub import RepoCard
 from packaging.requirements import Requirement

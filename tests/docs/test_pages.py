@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from accelerate.commands.launch import launch_command_parser
 from huggingface_hub.cli.hf import app as hub_app

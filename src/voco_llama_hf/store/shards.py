@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
@@ -99,7 +99,7 @@ def write_shard(
     Raises:
         ValueError: if the images of a cache have different numbers of VoCo tokens, or models differ.
     """
-    first, now = caches[0], datetime.now(timezone.utc).isoformat(timespec="seconds")
+    first, now = caches[0], datetime.now(UTC).isoformat(timespec="seconds")
     packed, records, start = [], [], 0
     for content, cache in zip(contents, caches, strict=True):
         check_fingerprint(cache.fingerprint, first.fingerprint, "the first entry")
