@@ -29,7 +29,7 @@ def train(context: typer.Context) -> None:
     args = resolve_shipped(context.args, "--config", "recipes")
     args = resolve_shipped(args, "--accelerate_config", "accelerate_configs")
     if "--accelerate_config" not in args:
-        from voco_llama_hf.training.script import main
+        from .train_script import main
 
         return main(args)
     launch(args)
@@ -62,7 +62,7 @@ def launch(args: list[str]) -> None:
     """Runs the training script on the processes that the accelerate configuration in `args` asks for."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from voco_llama_hf.training.script import make_parser
+    from .train_script import make_parser
 
     index = args.index("--accelerate_config")
     config, args = args[index + 1], [*args[:index], *args[index + 2 :]]
@@ -78,5 +78,5 @@ def launch(args: list[str]) -> None:
             left.pop(0)
         else:
             own.append(arg)
-    flags = ["--quiet", "--config_file", config, *launch_args, "--module", "voco_llama_hf.training.script", *own]
+    flags = ["--quiet", "--config_file", config, *launch_args, "--module", "voco_llama_cli.train_script", *own]
     launch_command(launch_command_parser().parse_args(flags))

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from voco_llama_cli import app
 from voco_llama_cli.train import TRAINING
+from voco_llama_cli.train_script import make_parser
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
 from voco_llama_hf.training.scenes import make_scenes
-from voco_llama_hf.training.script import make_parser
 from voco_llama_hf.training.tiny import Recipe, build_model, build_processor
 
 

@@ -134,7 +134,7 @@ def check_command(command: Any, args: list[str]) -> None:
 
 def check_training_flags(args: list[str]) -> None:
     # TRL takes seconds to import
-    from voco_llama_hf.training.script import make_parser
+    from voco_llama_cli.train_script import make_parser
 
     args = resolve_shipped(args, "--config", "recipes")
     launch = "--accelerate_config" in args
