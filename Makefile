@@ -35,7 +35,7 @@ dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build --outdir dist
 
 train-tiny: $(VENV)/.installed-dev
-	$(BIN)/python -m voco_llama_hf.training.tiny
+	$(BIN)/python -m voco_llama_hf.scenes.tiny
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

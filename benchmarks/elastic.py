@@ -26,8 +26,8 @@ from rich.table import Table
 from voco_llama_hf import EMBEDDED_CHECKPOINT
 from voco_llama_hf.benchmark.results import hardware
 from voco_llama_hf.files import written_aside
-from voco_llama_hf.training.retention.study import Arm, Study, elastic_arm, fixed_arm
-from voco_llama_hf.training.scenes import DIFFICULTIES
+from voco_llama_hf.scenes.retention.study import Arm, Study, elastic_arm, fixed_arm
+from voco_llama_hf.scenes.still import DIFFICULTIES
 
 
 KS = (1, 2, 4, 8)

@@ -32,11 +32,11 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf.llava import as_llava
+from voco_llama_hf.scenes.still import make_scene
 from voco_llama_hf.store import VoCoStore, hash_file
 from voco_llama_hf.store.indexing import Indexer, Sampling, find_files
 from voco_llama_hf.store.shards import dequantize, quantize
-from voco_llama_hf.training.evaluation import as_llava
-from voco_llama_hf.training.scenes import make_scene
 
 
 K, BATCH = 2, 16

@@ -32,7 +32,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from voco_llama_hf.files import written_aside
-from voco_llama_hf.training.readers import as_llava
+from voco_llama_hf.llava import as_llava
 
 
 BOS, NEWLINE, VOCO = 1, 13, 127

@@ -158,8 +158,8 @@ def evaluate_model(
     network, processor = load_model(find_model(model), device, dtype)
     import datasets
 
-    from voco_llama_hf.training.evaluation import evaluate_scenes, plot_results, print_results
-    from voco_llama_hf.training.video_evaluation import evaluate_videos, plot_video_results, print_video_results
+    from voco_llama_hf.scenes.evaluation import evaluate_scenes, plot_results, print_results
+    from voco_llama_hf.scenes.video_evaluation import evaluate_videos, plot_video_results, print_video_results
 
     datasets.disable_progress_bars()
     console = wide_console()
@@ -196,9 +196,9 @@ def compare_compressors(
     import json
 
     from voco_llama_hf.files import written_aside
-    from voco_llama_hf.training.retention.report import make_rows, plot_rows, print_rows, to_markdown
-    from voco_llama_hf.training.retention.study import Study, run_study
-    from voco_llama_hf.training.scenes import DIFFICULTIES
+    from voco_llama_hf.scenes.retention.report import make_rows, plot_rows, print_rows, to_markdown
+    from voco_llama_hf.scenes.retention.study import Study, run_study
+    from voco_llama_hf.scenes.still import DIFFICULTIES
 
     console = wide_console()
     study = Study(work_dir, steps)

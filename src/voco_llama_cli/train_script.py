@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from voco_llama_hf.scenes.still import make_scenes
+from voco_llama_hf.training.checkpoints import last_checkpoint
 from voco_llama_hf.training.llava_data import load_llava_data
-from voco_llama_hf.training.phases import last_checkpoint
-from voco_llama_hf.training.scenes import make_scenes
 from voco_llama_hf.training.sft_config import VoCoSFTConfig
 from voco_llama_hf.training.sft_trainer import VoCoSFTTrainer
 

@@ -13,7 +13,7 @@ from .modeling import (
 
 
 if TYPE_CHECKING:
-    from .modeling.convert import ConversionReport, convert_checkpoint
+    from .conversion import ConversionReport, convert_checkpoint
 
 __version__ = "0.1.0"
 
@@ -24,9 +24,9 @@ def __getattr__(name: str) -> Any:
     # Models and image processors that nothing but a conversion needs
     if name not in ("ConversionReport", "convert_checkpoint"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .modeling import convert
+    from . import conversion
 
-    return getattr(convert, name)
+    return getattr(conversion, name)
 
 
 __all__ = [

@@ -9,8 +9,8 @@ from voco_llama_cli import app
 from voco_llama_cli.train import TRAINING
 from voco_llama_cli.train_script import make_parser
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
-from voco_llama_hf.training.scenes import make_scenes
-from voco_llama_hf.training.tiny import Recipe, build_model, build_processor
+from voco_llama_hf.scenes.still import make_scenes
+from voco_llama_hf.scenes.tiny import Recipe, build_model, build_processor
 
 
 disable_progress_bars()

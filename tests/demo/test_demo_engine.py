@@ -14,8 +14,8 @@ from video_files import make_frames, write_video
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.demo import DemoEngine
 from voco_llama_hf.demo.examples import EMBEDDED_EXAMPLES
+from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader, voco_reader
 from voco_llama_hf.serving import Limits
-from voco_llama_hf.training.readers import preprocess, uncompressed_reader, voco_reader
 
 
 LIMITS = Limits(max_request_bytes=200_000, max_pixels=1_000_000, max_images=4, max_tokens=8)

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
 from voco_llama_hf.prompts import build_prompt
-from voco_llama_hf.training.scenes import make_scene
+from voco_llama_hf.scenes.still import make_scene
 
 
 TOLERANCE = {"atol": 1e-3, "rtol": 0}

@@ -9,7 +9,7 @@ import openai
 import pytest
 from serving.conftest import MODEL, ask, data_url, scene, serving
 
-from voco_llama_hf.training.scenes import DESCRIBE
+from voco_llama_hf.scenes.still import DESCRIBE
 
 
 COLOUR = "What colour is the circle?"

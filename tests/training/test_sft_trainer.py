@@ -18,9 +18,9 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from trl import SFTConfig, SFTTrainer
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
+from voco_llama_hf.llava import as_llava
 from voco_llama_hf.training import VoCoSFTConfig, VoCoSFTTrainer
 from voco_llama_hf.training.elastic import draw_num_voco_tokens
-from voco_llama_hf.training.readers import as_llava
 from voco_llama_hf.training.sft_trainer import print_trainable_parameters
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
+from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration
 from ..modeling.configuration_voco_llama import count_vision_tokens, key_value_shape
-from ..training.readers import as_llava
 
 
 NO_CACHE, FULL_CACHE, VOCO_CACHE, LIMIT = "no cache", "full cache", "VoCo cache", "text only"

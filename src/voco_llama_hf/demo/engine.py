@@ -15,11 +15,11 @@ from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from ..hub.cost import CostModel
+from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.configuration_voco_llama import cache_bytes
 from ..prompts import build_prompt, check_question, starts_with_bos
 from ..serving import ImageCache, Limits
-from ..training.readers import as_llava
 from .sources import Source, load_cache, open_cache, open_picture, preprocess, read_pictures
 from .stopwatch import Spent, Stopwatch
 

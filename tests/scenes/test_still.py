@@ -4,7 +4,7 @@ from datasets import disable_progress_bars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_llama_hf.training.scenes import (
+from voco_llama_hf.scenes.still import (
     CANVAS,
     COLOURS,
     DIFFICULTIES,

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from .muon import MuonMixin
 from .phases import phase_options, run_phase
-from .scenes import CANVAS, COLOURS, SHAPES, SIZES
+from .still import CANVAS, COLOURS, SHAPES, SIZES
 
 
 # What a patch can show; the index after the last one is the background

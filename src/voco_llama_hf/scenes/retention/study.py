@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ...modeling import VoCoLlamaProcessor
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
-from ..scenes import make_scenes
+from ..still import make_scenes
 from ..tiny import (
     Phase,
     Recipe,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..files import written_aside
 from ..modeling import VoCoCache
-from .moving_scenes import CHANCE, NUM_FRAMES, STILL, TEMPORAL_FAMILIES, make_clips
+from .moving import CHANCE, NUM_FRAMES, STILL, TEMPORAL_FAMILIES, make_clips
 from .readers import decode_answers, make_prompts
 
 

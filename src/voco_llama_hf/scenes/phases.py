@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+
+from ..training.checkpoints import last_checkpoint
 
 
 def phase_options(output_dir: Path, steps: int, batch_size: int, seed: int) -> dict[str, Any]:
@@ -32,11 +33,6 @@ def phase_options(output_dir: Path, steps: int, batch_size: int, seed: int) -> d
         "seed": seed,
         "report_to": "none",
     }
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint that a trainer has left in `folder`, if there is one."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
 
 
 def run_phase(trainer: Trainer) -> list[dict]:

@@ -5,15 +5,15 @@ import pytest
 import torch
 from datasets import disable_progress_bars
 from rich.console import Console
-from training.recipe import RECIPE
+from scenes.recipe import RECIPE
 
-from voco_llama_hf.training.evaluation import ScenesResults
-from voco_llama_hf.training.readers import preprocess, uncompressed_reader
-from voco_llama_hf.training.retention.baselines import put_compressor
-from voco_llama_hf.training.retention.report import make_curves, make_rows, plot_rows, print_rows, to_markdown
-from voco_llama_hf.training.retention.study import Arm, Study, make_arms, run_study
-from voco_llama_hf.training.scenes import DIFFICULTIES, FAMILIES, make_scenes
-from voco_llama_hf.training.tiny import build_model, build_processor
+from voco_llama_hf.scenes.evaluation import ScenesResults
+from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader
+from voco_llama_hf.scenes.retention.baselines import put_compressor
+from voco_llama_hf.scenes.retention.report import make_curves, make_rows, plot_rows, print_rows, to_markdown
+from voco_llama_hf.scenes.retention.study import Arm, Study, make_arms, run_study
+from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES, make_scenes
+from voco_llama_hf.scenes.tiny import build_model, build_processor
 
 
 disable_progress_bars()

@@ -18,7 +18,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from .scenes import CANVAS, CELL, COLOURS, GRID, SHAPES, SPLITS, draw_shapes
+from .still import CANVAS, CELL, COLOURS, GRID, SHAPES, SPLITS, draw_shapes
 
 
 NUM_FRAMES = 8

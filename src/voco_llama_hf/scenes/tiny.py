@@ -29,14 +29,14 @@ from transformers import (
 from .. import EMBEDDED_CHECKPOINT
 from ..hub import write_card
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..training.sft_config import VoCoSFTConfig
+from ..training.sft_trainer import VoCoSFTTrainer
 from .evaluation import evaluate_scenes, plot_results, print_results
-from .moving_scenes import DESCRIBE_VIDEO, WORDS, make_clips
+from .moving import DESCRIBE_VIDEO, WORDS, make_clips
 from .muon import MuonMixin
 from .phases import phase_options, run_phase
-from .scenes import CANVAS, DESCRIBE, make_scenes
-from .sft_config import VoCoSFTConfig
-from .sft_trainer import VoCoSFTTrainer
 from .single_questions import SingleQuestionCollator
+from .still import CANVAS, DESCRIBE, make_scenes
 from .video_evaluation import TEMPORAL, VideoResults, chance, evaluate_videos, plot_video_results, print_video_results
 from .vision import train_vision_tower
 
@@ -83,7 +83,7 @@ them out of order. *Temporal* are the questions that nobody can answer without t
 ![exact match on videos by family](videos.png)"""
 
 TRAINING = """\
-`make train-tiny` reproduces it: `voco_llama_hf.training.tiny` draws the scenes, trains the tokenizer, teaches the
+`make train-tiny` reproduces it: `voco_llama_hf.scenes.tiny` draws the scenes, trains the tokenizer, teaches the
 vision tower to name what lies on each patch, and then trains the model: first on uncompressed images, then under the
 VoCo mask with the number of VoCo tokens drawn anew for every step, and a share of uncompressed steps. In the end every
 question sees the VoCo tokens and itself only, so that no answer can be copied from another. The last phase, the second

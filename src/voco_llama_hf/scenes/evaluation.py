@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..files import written_aside
 from .readers import Reader, preprocess, uncompressed_reader, voco_reader
-from .scenes import DIFFICULTIES, FAMILIES, make_scenes
+from .still import DIFFICULTIES, FAMILIES, make_scenes
 
 
 Scores = dict[str, dict[str, float]]

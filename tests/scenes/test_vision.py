@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_llama_hf.training.scenes import CANVAS, make_scene
-from voco_llama_hf.training.vision import ATTRIBUTES, patch_accuracy, patch_labels
+from voco_llama_hf.scenes.still import CANVAS, make_scene
+from voco_llama_hf.scenes.vision import ATTRIBUTES, patch_accuracy, patch_labels
 
 
 @given(st.integers(0, 10**6), st.sampled_from([4, 8, 16]))

@@ -36,9 +36,9 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
 
-from .configuration_voco_llama import VoCoLlamaConfig
-from .modeling_voco_llama import VoCoLlamaForConditionalGeneration
-from .processing_voco_llama import VoCoLlamaProcessor
+from ..modeling.configuration_voco_llama import VoCoLlamaConfig
+from ..modeling.modeling_voco_llama import VoCoLlamaForConditionalGeneration
+from ..modeling.processing_voco_llama import VoCoLlamaProcessor
 
 
 VOCO_TOKEN = "<voco>"
@@ -216,7 +216,7 @@ def convert_checkpoint(
     Example:
 
     ```python
-    >>> from voco_llama_hf.modeling.convert import convert_checkpoint
+    >>> from voco_llama_hf.conversion.convert import convert_checkpoint
 
     >>> report = convert_checkpoint("llava-1.5-7b-hf", "voco-llava-1.5-7b", num_voco_tokens=2)
     >>> report.voco_token_id, report.voco_token_origin

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ...files import written_aside
 from ..evaluation import ScenesResults, retention
-from ..scenes import FAMILIES
+from ..still import FAMILIES
 from .study import CAUSAL, UPPER
 
 

@@ -6,10 +6,11 @@ import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 
-from voco_llama_hf.training.evaluation import evaluate_scenes, plot_results, print_results
-from voco_llama_hf.training.readers import as_llava, causal_reader, preprocess
-from voco_llama_hf.training.scenes import DIFFICULTIES, FAMILIES, make_scenes
-from voco_llama_hf.training.tiny import Recipe, build_model, build_processor
+from voco_llama_hf.llava import as_llava
+from voco_llama_hf.scenes.evaluation import evaluate_scenes, plot_results, print_results
+from voco_llama_hf.scenes.readers import causal_reader, preprocess
+from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES, make_scenes
+from voco_llama_hf.scenes.tiny import Recipe, build_model, build_processor
 
 
 disable_progress_bars()

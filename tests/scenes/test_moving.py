@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from training.recipe import RECIPE
+from scenes.recipe import RECIPE
 
-from voco_llama_hf.training.moving_scenes import (
+from voco_llama_hf.scenes.moving import (
     ABSENT_FRAMES,
     BOX,
     CHANCE,
@@ -17,9 +17,9 @@ from voco_llama_hf.training.moving_scenes import (
     make_clips,
     sample_clip,
 )
-from voco_llama_hf.training.scenes import make_scenes
-from voco_llama_hf.training.tiny import build_model, build_processor
-from voco_llama_hf.training.video_evaluation import (
+from voco_llama_hf.scenes.still import make_scenes
+from voco_llama_hf.scenes.tiny import build_model, build_processor
+from voco_llama_hf.scenes.video_evaluation import (
     ALL_FRAMES,
     ONE_FRAME,
     OUT_OF_ORDER,

@@ -5,15 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import disable_progress_bars
-from training.recipe import RECIPE
+from scenes.recipe import RECIPE
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from voco_llama_hf.training import VoCoDataCollator
-from voco_llama_hf.training.moving_scenes import WORDS, make_clips
-from voco_llama_hf.training.muon import MuonWithAdamW
-from voco_llama_hf.training.scenes import COLOURS, POSITIONS, SHAPES, make_scenes
-from voco_llama_hf.training.single_questions import SingleQuestionCollator
-from voco_llama_hf.training.tiny import (
+from voco_llama_hf.scenes.moving import WORDS, make_clips
+from voco_llama_hf.scenes.muon import MuonWithAdamW
+from voco_llama_hf.scenes.single_questions import SingleQuestionCollator
+from voco_llama_hf.scenes.still import COLOURS, POSITIONS, SHAPES, make_scenes
+from voco_llama_hf.scenes.tiny import (
     Phase,
     Recipe,
     add_words,
@@ -25,6 +24,7 @@ from voco_llama_hf.training.tiny import (
     publish,
     train,
 )
+from voco_llama_hf.training import VoCoDataCollator
 
 
 disable_progress_bars()
