@@ -14,8 +14,7 @@ from PIL import Image
 
 from ..images import decode_image
 from ..modeling import VoCoCache, VoCoLlamaProcessor
-from ..modeling.cache_voco_llama import check_fingerprint
-from ..modeling.configuration_voco_llama import key_value_shape
+from ..modeling.cache_voco_llama import check_cache
 from ..serving import Limits
 from ..store import hash_file
 from ..videos import check_video, is_video, read_frames
@@ -88,15 +87,7 @@ def load_cache(path: str, model: Any, limits: Limits) -> VoCoCache:
     with naming(path):
         check_size(path, limits)
         cache = VoCoCache.load(path)
-        check_fingerprint(cache.fingerprint, model.fingerprint(), "the one shown here", Path(path).name)
-        # Whoever makes a file by hand can write any fingerprint
-        shape = key_value_shape(model.config.text_config)
-        if tuple(cache.keys.shape[1:]) != shape or not cache.dtype.is_floating_point:
-            raise ValueError(f"{path} is damaged: keys of {tuple(cache.keys.shape[1:])} {cache.dtype}, not {shape}")
-        if not all(type(count) is int for count in cache.token_counts) or not len(cache):
-            raise ValueError(f"{path} is damaged: its metadata does not describe its tensors")
-        if not (cache.keys.isfinite().all() and cache.values.isfinite().all()):
-            raise ValueError(f"{path} is damaged: it holds numbers that are not finite")
+        check_cache(cache, model.config, model.fingerprint(), "the one shown here", Path(path).name)
         return cache.to(model.dtype)
 
 

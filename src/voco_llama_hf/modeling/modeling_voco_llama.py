@@ -5,7 +5,6 @@ image on its own under plain causal attention, then the short sequence with the 
 injected into its cache.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -36,8 +35,9 @@ from .attention_voco_llama import (
     text_group_function,
     voco_mask_function,
 )
-from .cache_voco_llama import VoCoCache, check_fingerprint
+from .cache_voco_llama import VoCoCache
 from .configuration_voco_llama import VoCoLlamaConfig, check_text_config, key_value_shape, layer_types, sliding_window
+from .fingerprint_voco_llama import Fingerprint, FingerprintMemo, check_fingerprint
 from .generation_voco_llama import VoCoLlamaGenerationMixin
 
 
@@ -156,7 +156,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         text_config: Any = config.text_config
         check_text_config(text_config)
         super().__init__(config)
-        self._fingerprint: tuple[tuple, dict[str, str]] | None = None
+        self._fingerprint = FingerprintMemo()
         self._rotation_is_checked = False
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -401,26 +401,19 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
                 )
         self._rotation_is_checked = True
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, exact: bool = True) -> Fingerprint:
         """
-        What compressed images depend on: the configuration of segments and keys, and a hash over a sample of every
-        weight tensor, rounded to bfloat16 so that it is the same in every precision. Recomputed when weights change.
+        What compressed images depend on: configuration, weights, active adapters, quantization. It is the same
+        wherever the weights are, and equal to that of a copy of the model in another floating precision.
+
+        Args:
+            exact (`bool`, *optional*, defaults to `True`):
+                Whether to read all weights, at the speed of memory. Otherwise what is known is returned unless a sign
+                of change is seen, which costs a question next to nothing: a write that PyTorch counts is always seen,
+                and so is one through `weight.data` to the embeddings of a segment or to a small model. Elsewhere it
+                may take some questions until it is seen: each reads another part of the weights.
         """
-        state = weights_state(self)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = state, {"weights": hash_weights(dict(self.named_parameters()))}
-        config = self.config
-        layers, heads, head_dim = key_value_shape(config.text_config)
-        return {
-            "text_model": config.text_config.model_type,
-            "layers": str(layers),
-            "key_value_heads": str(heads),
-            "head_dim": str(head_dim),
-            "voco_token_id": str(config.voco_token_id),
-            "vision_prefix_token_ids": str(config.vision_prefix_token_ids),
-            "vision_suffix_token_ids": str(config.vision_suffix_token_ids),
-            **self._fingerprint[1],
-        }
+        return self._fingerprint.get(self, exact)
 
     def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """`(batch_size, sequence_length)` mask of the `<voco>` tokens of a sequence given as ids or as embeddings."""
@@ -757,9 +750,9 @@ class VoCoLlamaForConditionalGeneration(
         """See [`VoCoLlamaModel.compress`]."""
         return self.model.compress(*args, **kwargs)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, exact: bool = True) -> Fingerprint:
         """See [`VoCoLlamaModel.fingerprint`]."""
-        return self.model.fingerprint()
+        return self.model.fingerprint(exact)
 
     @can_return_tuple
     def forward(
@@ -887,39 +880,6 @@ def place_tokens(
     if len(states) == shape[0] * shape[1]:
         return states.unflatten(0, shape)
     return states.new_zeros(*shape, *states.shape[1:]).index_put((rows, columns), states)
-
-
-def weights_state(model: torch.nn.Module) -> tuple[list[int], list[int]]:
-    """
-    Addresses and versions of all parameters, which tell whether weights have changed. Every question about a
-    compressed image asks for them, and `named_parameters` would take longer than anything else around the passes.
-    """
-    modules: list[torch.nn.Module] = [model]
-    parameters: list[torch.nn.Parameter] = []
-    for module in modules:  # which grows meanwhile
-        if module._modules:
-            modules += [child for child in module._modules.values() if child is not None]
-        if module._parameters:
-            parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
-    try:
-        versions = [parameter._version for parameter in parameters]
-    except RuntimeError:  # tensors of inference mode have none
-        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
-    return [parameter.data_ptr() for parameter in parameters], versions
-
-
-def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:
-    """SHA-256 over names, shapes and evenly spaced values of every weight tensor."""
-    sha256 = hashlib.sha256()
-    samples = []
-    for name, weight in weights.items():
-        sha256.update(f"{name}{tuple(weight.shape)}".encode())
-        if weight.device.type != "meta":
-            flat = weight.detach().reshape(-1)
-            samples.append(flat[:: max(1, flat.numel() // num_samples)][:num_samples].to(torch.bfloat16).cpu())
-    if samples:
-        sha256.update(torch.cat(samples).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
 
 
 VoCoLlamaModel.register_for_auto_class("AutoModel")

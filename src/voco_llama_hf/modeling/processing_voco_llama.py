@@ -11,11 +11,10 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
 from .attention_voco_llama import per_image_counts
-from .cache_voco_llama import VoCoCache
+from .cache_voco_llama import MAX_VOCO_TOKENS, VoCoCache
 from .video_voco_llama import load_videos
 
 
-MAX_VOCO_TOKENS = 576
 SAMPLING = ("num_frames", "fps", "do_sample_frames")
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..modeling.cache_voco_llama import VoCoCache, apply_umask, check_fingerprint, digest
+from ..modeling.cache_voco_llama import VoCoCache, apply_umask, digest
+from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 
 
