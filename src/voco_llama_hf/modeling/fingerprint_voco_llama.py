@@ -184,8 +184,9 @@ def with_images(fingerprint: Mapping[str, str], image_processor: Any) -> Fingerp
 def image_settings(image_processor: Any) -> dict[str, Any]:
     """What decides on the pixels that an image processor returns."""
     settings = image_processor.to_dict()
-    idle = {name for step, names in IMAGE_STEPS.items() if not settings.get(step) for name in (step, *names)}
-    kept = {name: value for name, value in settings.items() if name not in idle and value is not None}
+    steps = {step: bool(settings.get(step)) for step in IMAGE_STEPS}
+    idle = {name for step, names in IMAGE_STEPS.items() if not steps[step] for name in names}
+    kept = {name: value for name, value in settings.items() if name not in idle and value is not None} | steps
     plain = json.loads(json.dumps(kept, default=str))
     return {name: value for name, value in plain.items() if name not in LEFT_OUT_IMAGE_SETTINGS and name[0] != "_"}
 

@@ -265,6 +265,8 @@ class Checksums:
             self._say(f"{name}={context}")
         elif tensor.is_quantized:
             self._add(name, unpack(tensor))
+        elif tensor.is_meta:
+            self._say(f"{name} is nowhere")
         else:
             self._say(f"{name}{tuple(tensor.shape)}")
             for precision, sha256 in self._hashes.items():
