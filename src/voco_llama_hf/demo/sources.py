@@ -15,6 +15,7 @@ from PIL import Image
 from ..images import decode_image
 from ..modeling import VoCoCache, VoCoLlamaProcessor
 from ..modeling.cache_voco_llama import check_cache
+from ..modeling.fingerprint_voco_llama import with_images
 from ..serving import Limits
 from ..store import hash_file
 from ..videos import check_video, is_video, read_frames
@@ -77,9 +78,9 @@ def open_picture(path: str, owner: str, limits: Limits, num_frames: int) -> tupl
     return source, pictures
 
 
-def load_cache(path: str, model: Any, limits: Limits) -> VoCoCache:
+def load_cache(path: str, model: Any, processor: VoCoLlamaProcessor, limits: Limits) -> VoCoCache:
     """
-    A file of [`VoCoCache.save`] for this very model.
+    A file of [`VoCoCache.save`] for this very model and its processor.
 
     Raises:
         ValueError: if it is none, is damaged, too large, or of another model; the message has the file's name only.
@@ -87,13 +88,14 @@ def load_cache(path: str, model: Any, limits: Limits) -> VoCoCache:
     with naming(path):
         check_size(path, limits)
         cache = VoCoCache.load(path)
-        check_cache(cache, model.config, model.fingerprint(), "the one shown here", Path(path).name)
+        made_for = with_images(model.fingerprint(exact=False), processor.image_processor)
+        check_cache(cache, model.config, made_for, "the one shown here", Path(path).name)
         return cache.to(model.dtype)
 
 
-def open_cache(path: str, owner: str, model: Any, limits: Limits) -> Source:
+def open_cache(path: str, owner: str, model: Any, processor: VoCoLlamaProcessor, limits: Limits) -> Source:
     """The source; see [`load_cache`]."""
-    cache = load_cache(path, model, limits)
+    cache = load_cache(path, model, processor, limits)
     key, name = f"{owner}/{hash_file(path)}", Path(path).name
     return Source(path, name, "cache", key, len(cache), [], sum(cache.token_counts))
 

@@ -57,7 +57,6 @@ IMAGE_STEPS = {
     "do_pad": ("pad_size", "padding_value"),
 }
 SMALL_MODEL = 2**18  # values that are compared one by one at every question
-CHECKED_BLOCKS = 2  # of a larger one, of 64 KiB each
 
 
 class Fingerprint(dict[str, str]):
@@ -321,7 +320,8 @@ class FingerprintMemo:
 
     PyTorch counts what is written to a weight, but not what is written through `weight.data`. So the memory is checked
     too: all of it with `exact=True`; else what a question can afford, which is all of a model of up to 262,144 values,
-    and of a larger one the embeddings of a segment's tokens and two blocks of 64 KiB, others at every question.
+    and of a larger one the embeddings of a segment's tokens and 64 KiB, others at every question. So it is seen at the
+    latest when every 64 KiB have had their question, and sooner the more was written.
     """
 
     def __init__(self) -> None:
@@ -348,17 +348,16 @@ class FingerprintMemo:
         checksums = Checksums(found.values)
         self._own, self._own_digest = checksums.own, checksums.digests[checksums.own]
         self._watch(model, state, found, checksums)
-        adapters = describe_adapters(found.adapters)
-        self._adapters = adapters
+        self._adapters, self._rotation = describe_adapters(found.adapters), describe_rotation(model)
         # Last, so that a failure leaves nothing half done
         self._key = copy.deepcopy(state.key())
         self.fingerprint = Fingerprint(
             {
                 **settings_fingerprint(model.config),
-                "rotation": describe_rotation(model),
+                "rotation": self._rotation,
                 "quantization": describe_quantization(model.config, found.packed),
                 "weights": str(checksums) if found.is_complete else NONE,
-                "adapters": adapters,
+                "adapters": self._adapters,
                 ADAPTER_NAMES: ", ".join(sorted(found.names)) or NONE,
             }
         )
@@ -369,7 +368,7 @@ class FingerprintMemo:
         return (
             checksums.digests == {self._own: self._own_digest}
             and describe_adapters(found.adapters) == self._adapters
-            and describe_rotation(model) == (self.fingerprint or {})["rotation"]
+            and describe_rotation(model) == self._rotation
         )
 
     def _watch(self, model: Any, state: ModelState, found: EffectiveWeights, checksums: Checksums) -> None:
@@ -382,12 +381,13 @@ class FingerprintMemo:
         if not model.get_input_embeddings().weight.is_meta:
             self._rows = found.values["embeddings"].clone()
         index = {id(tensor): place for place, tensor in enumerate(state.tensors)}
-        self._blocks = [
-            (index[id(tensor)], checksums.blocks[name])
+        blocks = [
+            (index[id(tensor)], block, block_sum)
             for name, tensor in found.values.items()
-            if isinstance(tensor, torch.Tensor) and id(tensor) in index and len(checksums.blocks.get(name, ())) > 0
-            if tensor.is_contiguous()
+            if isinstance(tensor, torch.Tensor) and id(tensor) in index and tensor.is_contiguous()
+            for block, block_sum in enumerate(checksums.blocks.get(name, ()))
         ]
+        self._blocks = np.random.default_rng(0).permutation(np.array(blocks, np.int64).reshape(-1, 3))
         self._turn = 0
 
     def _seems_unchanged(self, model: Any, state: ModelState) -> bool:
@@ -396,19 +396,16 @@ class FingerprintMemo:
             return all(torch.equal(values[kind], kept) for kind, kept in self._values.items())
         if self._rows is not None and not torch.equal(read_embeddings(model), self._rows):
             return False
-        for _ in range(min(CHECKED_BLOCKS, len(self._blocks))):
-            place, sums = self._blocks[self._turn % len(self._blocks)]
-            block = self._turn // len(self._blocks) % len(sums)
-            self._turn += 1
-            if not self._is_same_block(state.tensors[place], block, sums):
-                return False
-        return True
+        if len(self._blocks) == 0:
+            return True
+        place, block, block_sum = self._blocks[self._turn % len(self._blocks)].tolist()
+        self._turn += 1
+        return self._sum_of_block(state.tensors[place], block) == block_sum
 
-    def _is_same_block(self, tensor: torch.Tensor, block: int, sums: np.ndarray) -> bool:
+    def _sum_of_block(self, tensor: torch.Tensor, block: int) -> int:
         dtype = getattr(torch, self._own) if tensor.is_floating_point() else tensor.dtype
         size = BLOCK_WORDS * 8 // dtype.itemsize
-        values = tensor.detach().view(-1)[block * size : (block + 1) * size]
-        return int(block_sums(values, dtype)[0]) == int(sums[block])
+        return int(block_sums(tensor.detach().view(-1)[block * size : (block + 1) * size], dtype)[0])
 
 
 def join_values(tensors: list[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], torch.Tensor]:

@@ -12,11 +12,14 @@ import torch
 
 
 BLOCK_WORDS = 8_192  # of 8 bytes, that share a sum
-STEP_WORDS = {"cpu": 2**16}  # worked on at a time: what fits into the caches of a processor
+STEP_WORDS = {"cpu": 2**14}  # worked on at a time: what fits into the caches of a processor
 ACCELERATOR_STEP_WORDS = 2**23
 # Precisions from coarse to fine, and those that a model in each is also known by: see [`Checksums`]
-KNOWN_BY = {"bfloat16": ("bfloat16", "float16"), "float16": ("float16", "bfloat16")}
-KNOWN_BY["float32"] = ("float32", "float16", "bfloat16")
+KNOWN_BY: dict[str, tuple[str, ...]] = {
+    "bfloat16": ("bfloat16", "float16"),
+    "float16": ("float16", "bfloat16"),
+    "float32": ("float32", "float16", "bfloat16"),
+}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What the last layer does with its keys and values, and behind it
 LAST_LAYER_LEFT_OUT = ("mlp", "post_attention_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.o_proj")
@@ -305,34 +308,64 @@ def block_sums(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
     Returns:
         `np.ndarray` of int64.
     """
-    flat = tensor.reshape(-1)
-    step = STEP_WORDS.get(tensor.device.type, ACCELERATOR_STEP_WORDS) * 8 // dtype.itemsize
-    sums = [_sums_of_words(_as_words(part, dtype)) for part in flat.split(step)] if len(flat) > 0 else []
-    return torch.cat(sums).cpu().numpy() if sums else np.empty(0, np.int64)
+    flat, size = tensor.reshape(-1), tensor.numel()
+    if size == 0:
+        return np.empty(0, np.int64)
+    step = STEP_WORDS.get(flat.device.type, ACCELERATOR_STEP_WORDS) * 8 // dtype.itemsize
+    words = Words(flat, dtype, min(step, size))
+    sums = []
+    for start in range(0, size, step):
+        sums += words.sums(flat[start : start + step] if size > step else flat, min(step, size - start))
+    return (sums[0] if len(sums) == 1 else torch.cat(sums)).cpu().numpy()
 
 
-def _as_words(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # The processor's own conversion between 16-bit formats is slow
-    if part.dtype == torch.bfloat16 and dtype == torch.float16:
-        part = part.float()
-    part = part.to(dtype)
-    missing = -part.nbytes % 8
-    if part.is_complex() or part.dtype == torch.bool or part.storage_offset() * part.itemsize % 8 or missing:
-        part = part.clone()
-    raw = part.view(torch.uint8)
-    if missing:
-        raw = torch.cat([raw, raw.new_zeros(missing)])
-    return raw.view(torch.int64)
+class Words:
+    """
+    Values as words of 8 bytes, the last one filled up with zeros; rounded and copied only where that is needed.
 
+    Args:
+        flat (`torch.Tensor`): All of the values.
+        dtype (`torch.dtype`): What to round them to.
+        length (`int`): As many as are worked on at a time.
+    """
 
-def _sums_of_words(words: torch.Tensor) -> torch.Tensor:
-    factors = place_factors(words.device)
-    # The upper half is added to the lower, so that all bits of a word reach all of a product
-    mixed = words.bitwise_right_shift(32).add_(words)
-    whole = len(mixed) // BLOCK_WORDS * BLOCK_WORDS
-    sums = mixed[:whole].view(-1, BLOCK_WORDS).mul_(factors).sum(1)
-    rest = mixed[whole:]
-    return sums if len(rest) == 0 else torch.cat([sums, rest.mul_(factors[: len(rest)]).sum()[None]])
+    def __init__(self, flat: torch.Tensor, dtype: torch.dtype, length: int):
+        self.itemsize = dtype.itemsize
+        size = -(-length * self.itemsize // 8)
+        self.scratch = flat.new_empty(size, dtype=torch.int64)
+        self.factors = place_factors(flat.device)
+        is_aligned = flat.storage_offset() * self.itemsize % 8 == 0 and length * self.itemsize % 8 == 0
+        self.is_plain = flat.dtype == dtype and is_aligned and not flat.is_conj()
+        self.rounded = None if self.is_plain else flat.new_zeros(size * 8 // self.itemsize, dtype=dtype)
+        # The processor converts between the 16-bit formats slowly
+        is_slow = flat.dtype == torch.bfloat16 and dtype == torch.float16
+        self.between = flat.new_empty(length, dtype=torch.float32) if is_slow else None
+
+    def sums(self, part: torch.Tensor, length: int) -> list[torch.Tensor]:
+        """Sums of the blocks of a part."""
+        words = self._read(part, length)
+        size = words.numel()
+        # The upper half is added to the lower, so that all bits of a word reach all of a product
+        mixed = torch.bitwise_right_shift(words, 32, out=self.scratch[:size]).add_(words)
+        if size <= BLOCK_WORDS:
+            return [mixed.mul_(self.factors[:size]).sum(0, keepdim=True)]
+        whole = size // BLOCK_WORDS * BLOCK_WORDS
+        sums = [mixed[:whole].view(-1, BLOCK_WORDS).mul_(self.factors).sum(1)]
+        if whole < size:
+            sums.append(mixed[whole:].mul_(self.factors[: size - whole]).sum(0, keepdim=True))
+        return sums
+
+    def _read(self, part: torch.Tensor, length: int) -> torch.Tensor:
+        missing = -length * self.itemsize % 8 // self.itemsize
+        if self.rounded is None and missing == 0:
+            return part.view(torch.int64)
+        if self.rounded is None:
+            return torch.cat([part, part.new_zeros(missing)]).view(torch.int64)
+        if self.between is not None:
+            part = self.between[:length].copy_(part)
+        self.rounded[:length].copy_(part)
+        self.rounded[length : length + missing].zero_()
+        return self.rounded[: length + missing].view(torch.int64)
 
 
 @lru_cache(maxsize=16)
