@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import operator
 import os
 import shutil
 import tempfile
@@ -88,7 +87,6 @@ class VoCoCache:
     def __init__(
         self, keys: torch.Tensor, values: torch.Tensor, token_counts: Sequence[int], fingerprint: dict[str, str]
     ):
-        token_counts = [operator.index(count) for count in token_counts]
         if keys.shape != values.shape or keys.ndim != 4 or keys.dtype != values.dtype:
             raise ValueError(
                 "keys and values must share one dtype and one shape (tokens, layers, key_value_heads, head_dim), got "
@@ -97,11 +95,11 @@ class VoCoCache:
         if sum(token_counts) != keys.shape[0] or any(count < 1 for count in token_counts):
             raise ValueError(
                 f"{keys.shape[0]} VoCo tokens cannot be divided into {len(token_counts)} images of "
-                f"{shorten(token_counts)} tokens"
+                f"{shorten(list(token_counts))} tokens"
             )
         self.keys = keys
         self.values = values
-        self.token_counts = token_counts
+        self.token_counts = list(token_counts)
         self.fingerprint = Fingerprint(fingerprint)
         self._buffers: tuple[TokenBuffer, TokenBuffer] | None = None
         self._finite: tuple | None = None
@@ -352,14 +350,13 @@ def check_cache(
     if fingerprint is not None:
         check_fingerprint(cache.fingerprint, fingerprint, owner, what)
     if cache.dtype not in FLOATS:
-        raise ValueError(f"{what} is damaged: keys and values of {cache.dtype} are none")
+        raise ValueError(f"{what} is damaged: keys of {tuple(cache.keys.shape)} {cache.dtype}, which are no floats")
     if config is not None:
         shape = key_value_shape(config.text_config)
         found = tuple(cache.keys.shape[1:])
         if found != shape or cache.values.shape != cache.keys.shape or sum(cache.token_counts) != len(cache.keys):
             raise ValueError(
-                f"{what} is damaged: keys and values of (layers, key_value_heads, head_dim) {found} and "
-                f"{tuple(cache.values.shape[1:])} do not fit the model, whose are {shape}"
+                f"{what} is damaged: keys of {found} {cache.dtype}, not (layers, key_value_heads, head_dim) {shape}"
             )
     if not cache.is_finite():
         raise ValueError(f"{what} is damaged: it holds numbers that are not finite")
@@ -418,7 +415,8 @@ def check_tensors(tensors: dict[str, Any], metadata: dict[str, str], path: Path)
     dtypes = {tensor.get_dtype() for tensor in tensors.values()}
     is_sound = shapes["keys"] == shapes["values"] and len(shapes["keys"]) == 4 and 0 not in shapes["keys"]
     if not is_sound or len(dtypes) > 1 or not dtypes <= set(FILE_DTYPES):
-        raise ValueError(f"{path} is damaged: it holds {shapes} of {', '.join(sorted(dtypes))}")
+        described = " and ".join(f"{name} of {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{path} is damaged: {described} {', '.join(sorted(dtypes))}")
     # A list of one number a token, each of few digits, is the longest there is
     too_long = len(metadata["num_voco_tokens"]) > 16 * shapes["keys"][0] + 16
     if too_long or len(metadata["fingerprint"]) > 2 * MAX_FINGERPRINT:
