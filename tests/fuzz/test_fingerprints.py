@@ -59,7 +59,7 @@ def other_values(name: str, value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value + 1, value * 2] if value >= 0 else [value + 1]
+        return [value + 1, value * 2, value - 1] if value > 1 else [value + 1]
     if isinstance(value, float):
         return [value * 100 + 0.01]
     if isinstance(value, list):
@@ -146,7 +146,7 @@ def change(weight: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, floa
     return place, before
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [30, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_single_values(number, dtype):
     model, rng = tiny_model().to(dtype), random.Random(number)
@@ -158,9 +158,11 @@ def test_single_values(number, dtype):
         if torch.equal(place, before):
             assert model.fingerprint() == made_by
             continue
-        fresh = tiny_model().to(dtype)
-        fresh.load_state_dict(model.state_dict())
-        assert model.fingerprint(exact=bool(rng.randrange(2))) != made_by and fresh.fingerprint() != made_by
+        assert model.fingerprint(exact=bool(rng.randrange(2))) != made_by
+        if rng.randrange(4) == 0:
+            fresh = tiny_model().to(dtype)
+            fresh.load_state_dict(model.state_dict())
+            assert fresh.fingerprint() == model.fingerprint() != made_by
         told_apart += 1
         place.copy_(before)
         assert model.fingerprint() == made_by
@@ -198,7 +200,7 @@ def switch(model: Any, rng: random.Random) -> str:
     return kind
 
 
-@pytest.mark.parametrize("number", [15, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [15, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_switches_of_adapters(number, use_dora):
     """References: keys, after every switch."""
@@ -228,7 +230,7 @@ def test_switches_of_adapters(number, use_dora):
     assert different > 0 and equal > 0
 
 
-@pytest.mark.parametrize("number", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_placements(number, tmp_path):
     rng = random.Random(number)
     for i in range(number):
