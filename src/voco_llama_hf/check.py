@@ -88,6 +88,7 @@ def run_checks(model: VoCoLlamaForConditionalGeneration) -> Iterator[Check]:
     prompt = Prompt(model, LAYOUT, seed=0)
     windowed = build_windowed_model().to(model.device, model.dtype).eval()
     windowed_reference = copy.deepcopy(windowed)
+    windowed_reference.set_attn_implementation("eager")
     windowed.set_attn_implementation(model.config.text_config._attn_implementation)
     long = Prompt(windowed, [[4, -2, 9], [-1, 12]], seed=1)
     yield _check("single pass and two stages", model, lambda: _stages_error(model, reference, prompt))
@@ -121,7 +122,6 @@ def build_windowed_model() -> VoCoLlamaForConditionalGeneration:
         vision_config=vision.to_dict(),
         voco_token_id=127,
         vision_feature_layer=-2,
-        attn_implementation="eager",
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -42,6 +42,10 @@ CACHE = "past_key_values" if VERSION < (5, 24) else "cache"
 # To be deleted, with its uses, when the oldest version is 5.23.
 SELECTS_HIDDEN_STATES = VERSION >= (5, 23)
 
+# Until 5.20: a prefill in chunks counts from the first column even where a cache holds columns already.
+# To be deleted, with its uses, when the oldest version is 5.21.
+CHUNKS_FOLLOW_A_CACHE = VERSION >= (5, 21)
+
 
 class NamesOfCache:
     """Outputs whose cache is read by either name, whichever of them transformers has made the field."""

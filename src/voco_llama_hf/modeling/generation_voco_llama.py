@@ -1,6 +1,6 @@
 """`generate` with images: they are compressed once, before anything else, and handed on with their places."""
 
-from .compat_voco_llama import CACHE
+from .compat_voco_llama import CACHE, CHUNKS_FOLLOW_A_CACHE
 
 
 # isort: split
@@ -85,6 +85,9 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
             )
         if cache is not None:
             kwargs[CACHE] = cache
+            if num_seen_tokens(cache) > 0 and not CHUNKS_FOLLOW_A_CACHE:
+                # In one piece: slower than wished for, but right
+                kwargs["prefill_chunk_size"] = None
         with without_checkpointing(self):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
