@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .attention_voco_llama import per_image_counts
 from .configuration_voco_llama import key_value_shape
 from .fingerprint_voco_llama import Fingerprint, check_fingerprint, join_fingerprints
+from .layout_voco_llama import per_image_counts
 
 
 try:

@@ -206,14 +206,8 @@ def active_copy(wrapper: Any) -> str | None:
 @torch.no_grad()
 def read_embeddings(model: Any) -> torch.Tensor:
     """Embeddings of the tokens of a segment, through whatever wraps them, offloads them or adds to them."""
-    config, embedding = model.config, model.get_input_embeddings()
-    ids = [*config.vision_prefix_token_ids, *config.vision_suffix_token_ids, config.voco_token_id]
-    device = embedding.weight.device
-    if device.type == "meta":
-        if not any(offloaded_weights(module) for module in embedding.modules() if "_hf_hook" in vars(module)):
-            return torch.empty(len(ids), 0, device="meta")
-        device = torch.device("cpu")
-    return embedding(torch.tensor(ids, dtype=torch.long, device=device))
+    config = model.config
+    return model.embed_ids([*config.vision_prefix_token_ids, *config.vision_suffix_token_ids, config.voco_token_id])
 
 
 class Checksums:
