@@ -370,6 +370,21 @@ def test_sound_caches():
         check_cache(VoCoCache(torch.zeros(600, 1, 1, 2), torch.zeros(600, 1, 1, 2), [600], {}))
 
 
+def test_only_sound_caches_of_the_active_adapter_are_answered():
+    model = with_adapters()
+    inputs = random_inputs(tiny_model(), [["image:1", "text:3"]])
+    cache = model.compress(inputs.pop("pixel_values"), 1)
+    ask = {**inputs, "max_new_tokens": 1}
+    answer = model.generate(**ask, voco_cache=cache)
+    with model.disable_adapter(), pytest.raises(ValueError, match="adapter is cats, not none"):
+        model.generate(**ask, voco_cache=cache)
+    assert torch.equal(model.generate(**ask, voco_cache=cache), answer)
+    cache.values[0, 1, 0, 3] = float("inf")
+    for call in (model.generate, model.get_base_model()):
+        with pytest.raises(ValueError, match="not finite"):
+            call(**inputs, voco_cache=cache)
+
+
 def test_a_copied_model_answers_for_itself():
     model = tiny_model()
     before = model.fingerprint()
