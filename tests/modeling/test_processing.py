@@ -117,8 +117,8 @@ def test_assistant_masks_survive_the_expansion_of_images():
     ("arguments", "message"),
     [
         ({"text": "<image> what?"}, "no images were passed"),
-        ({"text": "what?", "images": IMAGE}, "0 <image> tokens and 1 images"),
-        ({"text": "<image> <image>", "images": IMAGE}, "2 <image> tokens and 1 images"),
+        ({"text": "what?", "images": IMAGE}, "0 <image> tokens, but 1 images"),
+        ({"text": "<image> <image>", "images": IMAGE}, "2 <image> tokens, but 1 images"),
         ({"text": "<voco> what?", "images": IMAGE}, "write <image>"),
         ({"text": "<image>", "images": IMAGE, "num_voco_tokens": 0}, "at least 1"),
         ({"text": "<image>", "images": IMAGE, "num_voco_tokens": 10_000}, "at most 576"),
