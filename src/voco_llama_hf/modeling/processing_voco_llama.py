@@ -63,6 +63,8 @@ class VoCoLlamaProcessorKwargs(ProcessingKwargs, TextKwargs, VoCoLlamaImagesKwar
     do_sample_frames: bool | None
     return_num_voco_tokens: bool | None
 
+    _defaults = {}  # type: ignore[misc]  # noqa: RUF012  # transformers before 5.23 reads it
+
 
 class VoCoLlamaProcessor(ProcessorMixin):
     r"""
