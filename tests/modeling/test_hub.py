@@ -25,7 +25,7 @@ from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, Vo
 from voco_llama_hf.videos import read_frames
 
 
-PARTS = ("attention", "cache", "configuration", "generation", "modeling", "processing", "video")
+PARTS = ("attention", "cache", "configuration", "generation", "images", "modeling", "pipeline", "processing", "video")
 SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """
 import importlib.util, json, sys
