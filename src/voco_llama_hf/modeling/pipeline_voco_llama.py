@@ -23,12 +23,12 @@ class VoCoLlamaPipeline(ImageTextToTextPipeline):
             return super().__new__(cls)
         return ImageTextToTextPipeline(*args, **kwargs)
 
-    def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> Any:
+    def preprocess(self, inputs=None, timeout=None, continue_final_message=None, **kwargs):  # type: ignore[override]
         if isinstance(inputs, dict):
             # transformers loads them itself, and takes the transparency off before a processor sees it
             images = load_images(inputs["images"], timeout, upright=True)
             inputs = {**inputs, "images": images}
-        return super().preprocess(inputs, timeout=timeout, **kwargs)
+        return super().preprocess(inputs, timeout, continue_final_message, **kwargs)
 
 
 def register_pipeline() -> None:
