@@ -195,7 +195,8 @@ def switch(model: Any, rng: random.Random) -> str:
         if rng.randrange(2):
             model.unmerge_adapter()
     else:
-        layer = rng.choice(tuners[:-1])  # the last is the last layer's
+        # Behind the feature layer the vision tower counts too, though keys do not depend on it
+        layer = rng.choice([part for name, part in model.named_modules() if part in tuners and "layers.0." in name])
         layer.lora_B[rng.choice(("cats", "dogs"))].weight.data.view(-1)[rng.randrange(8)] += 0.5
     return kind
 
