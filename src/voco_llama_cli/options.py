@@ -109,8 +109,9 @@ def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise UsageProblem(f"{folder} is not a folder: {path.name} cannot be written there")
-    if path.is_dir():
-        raise UsageProblem(f"{path} is a folder: name the file to write")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        kind = "a folder" if path.is_dir() else "a link" if path.is_symlink() else "a device, a pipe or a socket"
+        raise UsageProblem(f"{path} is {kind}: name the file to write")
     if any(os.path.exists(name) and path.exists() and os.path.samefile(name, path) for name in inputs):
         raise UsageProblem(f"{path} is one of the inputs: give another name for the output")
     if path.exists() and not force:
@@ -131,6 +132,13 @@ def check_plot(path: Path | None) -> None:
 def plural(number: int, one: str, many: str | None = None) -> str:
     """`1 image`, `2 images`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def printable(text: object) -> str:
+    """Names of files as they can be shown: neither bytes that are no text, nor what a terminal would obey."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in str(text)
+    )
 
 
 def human_bytes(number: float) -> str:
