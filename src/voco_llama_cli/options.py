@@ -134,13 +134,6 @@ def plural(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def printable(text: object) -> str:
-    """Names of files as they can be shown: neither bytes that are no text, nor what a terminal would obey."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in str(text)
-    )
-
-
 def human_bytes(number: float) -> str:
     """1500 -> `1.5 kB`, in the decimal units the paper uses."""
     for unit in ("B", "kB", "MB"):
