@@ -29,6 +29,8 @@ def readable_errors(index: Path) -> Iterator[None]:
     """
     try:
         yield
+    except sqlite3.ProgrammingError:
+        raise  # of the caller: a store that is closed
     except sqlite3.Error as error:
         # What Python's module raises itself has no code
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF

@@ -393,7 +393,7 @@ class Index:
     def sources(self, where: str, values: Sequence = ()) -> list[sqlite3.Row]:
         """Rows of sources that are what was written."""
         found = self._fetch(f"SELECT * FROM sources WHERE {where} ORDER BY source", values)
-        return [row for row in found if _is_marked(row, SOURCE)]
+        return [row for row in found if _is_source(row)]
 
     def sources_of(self, content_hash: str) -> tuple[str, ...]:
         return tuple(row["source"] for row in self.sources("content_hash = ?", (content_hash,)))
@@ -481,12 +481,13 @@ def _marked(row: Any, names: Sequence[str]) -> tuple:
     return (*values, _mark(values))
 
 
-def _is_marked(row: sqlite3.Row, names: Sequence[str]) -> bool:
+def _is_source(row: sqlite3.Row) -> bool:
     try:
-        _check_mark(row, names)
+        _check_mark(row, SOURCE)
     except (ValueError, TypeError):
         return False
-    return True
+    texts = row["source"], row["content_hash"] or "", row["error"] or ""
+    return all(type(text) is str for text in texts)
 
 
 def _check_mark(row: sqlite3.Row, names: Sequence[str]) -> None:
