@@ -3,7 +3,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from cli.conftest import images, invoke
 
+
+__all__ = ["images", "invoke", "quick_folder"]
 
 @pytest.fixture
 def quick_folder(tmp_path):
