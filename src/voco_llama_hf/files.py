@@ -24,7 +24,7 @@ def inside(folder: str | os.PathLike, name: object) -> Path:
     Raises:
         ValueError: if it is anything but the plain name of a file in that folder.
     """
-    is_plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set('/\\:\0')
+    is_plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
     if not is_plain:
         raise ValueError(f"{str(name)[:200]!r} is not the name of a file in {os.fspath(folder)}")
     return Path(folder) / str(name)

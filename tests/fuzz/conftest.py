@@ -8,6 +8,7 @@ from cli.conftest import images, invoke
 
 __all__ = ["images", "invoke", "quick_folder"]
 
+
 @pytest.fixture
 def quick_folder(tmp_path):
     """In memory, where there is such a place: what is written is synchronized to the disk, thousands of times."""

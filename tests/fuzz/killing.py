@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ STRACE = shutil.which("strace")
 def kill_at_events(action: Callable[[], None], folder: Path, step: int = 1) -> Iterator[int]:
     """Kills a process at every `step`-th thing that it does to a file in a folder, or says to SQLite, till it ends."""
     number = 1
-    while _run(action, lambda: _kill_myself_at(number, folder)):
+    while _run(action, partial(_kill_myself_at, number, folder)):
         yield number
         number += step
 

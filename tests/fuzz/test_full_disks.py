@@ -10,8 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fuzz.small_store import FINGERPRINT, NEW, check_content, check_whole, make_cache, make_content, make_store
-from fuzz.small_store import originals, same
+from fuzz.small_store import (
+    FINGERPRINT,
+    NEW,
+    check_content,
+    check_whole,
+    make_cache,
+    make_content,
+    make_store,
+    originals,
+    same,
+)
 from modeling.helpers import build_processor, tiny_model
 from PIL import Image
 

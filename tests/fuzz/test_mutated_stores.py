@@ -34,7 +34,20 @@ NAMES = (
     "../index.sqlite",
     b"\xff\xfe",
 )
-VALUES = (None, -1, 0, 2**62, 1.5, "", "x" * 100_000, b"\0\xff", "[" * 50_000, '{"a": 1e999}', "\x1b[31m", "999" * 2000)
+VALUES = (
+    None,
+    -1,
+    0,
+    2**62,
+    1.5,
+    "",
+    "x" * 100_000,
+    b"\0\xff",
+    "[" * 50_000,
+    '{"a": 1e999}',
+    "\x1b[31m",
+    "999" * 2000,
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +170,9 @@ class Attack:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
         part = self.random.choice(("records", "fingerprint", "dtype", "version", "tensor", "entry", "content"))
-        value = self.random.choice(("", "[]", "{}", "null", "[" * 5_000, "[[]]", '[{"content": {}}]', "1", "load", 2**70))
+        value = self.random.choice(
+            ("", "[]", "{}", "null", "[" * 5_000, "[[]]", '[{"content": {}}]', "1", "load", 2**70)
+        )
         if part == "tensor":
             described = header[self.random.choice(("keys", "values"))]
             described[self.random.choice(("dtype", "shape", "data_offsets"))] = self.random.choice(
@@ -225,7 +240,7 @@ class Attack:
 
 
 def write_journal(path: Path, named: Path | None) -> None:
-    """A rollback journal of no pages, and at its end the name of a file as transactions over several databases have."""
+    """A rollback journal of no pages, and at its end the name of a file, as transactions over databases have."""
     pages = (path / "index.sqlite").stat().st_size // 4096
     content = (JOURNAL_MAGIC + struct.pack(">IIIII", 0, 1, pages, 512, 4096)).ljust(512, b"\0")
     if named is not None:
@@ -280,7 +295,9 @@ def test_flipped_bits_are_noticed(whole, tmp_path, file):
     chosen = random.Random(0)
     for seed in range(15):
         shutil.copytree(whole, tmp_path / str(seed))
-        broken = tmp_path / str(seed) / file if file == "index.sqlite" else min((tmp_path / str(seed)).glob("shards/*"))
+        broken = (
+            tmp_path / str(seed) / file if file == "index.sqlite" else min((tmp_path / str(seed)).glob("shards/*"))
+        )
         content = bytearray(broken.read_bytes())
         places = [i for i, byte in enumerate(content) if chr(byte).isalnum()]
         content[chosen.choice(places)] ^= 1 << chosen.randrange(8)
@@ -366,7 +383,9 @@ def test_an_index_of_the_first_version(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "store")
     file = tmp_path / "store" / "index.sqlite"
     new = sqlite3.connect(file)
-    rows = {name: new.execute(f"SELECT * FROM {name}").fetchall() for name in ("about", "shards", "entries", "sources")}
+    rows = {
+        name: new.execute(f"SELECT * FROM {name}").fetchall() for name in ("about", "shards", "entries", "sources")
+    }
     new.close()
     file.unlink()
     old = sqlite3.connect(file, isolation_level=None)
@@ -428,3 +447,18 @@ def test_what_was_added_is_used(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "store")
     assert use(tmp_path / "store") > 6
     check_whole(tmp_path / "store", {0, 1, 2, 3, 5, NEW})
+
+
+def test_every_byte_of_a_name_in_the_index(whole, tmp_path):
+    """SQLite has names twice, in a table and in an index beside it: either one broken leads to no other content."""
+    content = (whole / "index.sqlite").read_bytes()
+    places = [i for i in range(len(content)) if content[i - 8 : i] == b"/photos/"]
+    assert len(places) > 14
+    shutil.copytree(whole, tmp_path / "store")
+    for place in places:
+        for other in b"0123459":
+            changed = bytearray(content)
+            changed[place] = other
+            (tmp_path / "store" / "index.sqlite").write_bytes(changed)
+            with VoCoStore(tmp_path / "store") as store:
+                check_content(store)

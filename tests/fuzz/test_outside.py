@@ -23,7 +23,9 @@ def model(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../a", "/a", "a/b", "a\\b", "C:a", "a\0", None, 5, ["a"], "a" * 5 + "/"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "/a", "a/b", "a\\b", "C:a", "a\0", None, 5, ["a"], "a" * 5 + "/"]
+)
 def test_names(tmp_path, name):
     with pytest.raises(ValueError, match="is not the name of a file in"):
         inside(tmp_path, name)
@@ -115,7 +117,7 @@ def test_outputs_that_are_no_files(invoke, model, images, tmp_path, command, kin
     }[command]
     code = 1 if command in ("export", "convert") else 2
     assert "out.json" in invoke(*args, exit_code=code).stderr
-    assert os.path.lexists(target) and not target.is_file() or kind == "link"
+    assert (os.path.lexists(target) and not target.is_file()) or kind == "link"
     assert kind != "link" or (tmp_path / "thesis").read_text() == "years of work"
     assert not (tmp_path / "missing").exists()
 

@@ -334,9 +334,11 @@ class Index:
         self, content_hash: str | None = None, num_voco_tokens: int | None = None, sampling: str | None = None
     ) -> Iterator[Row | DamagedRow]:
         """Entries in the order of the shards; all of them, or those named."""
-        where, values = _where(content_hash, num_voco_tokens, sampling)
+        named = _named(content_hash, num_voco_tokens, sampling)
         joined = "SELECT entries.*, shards.name AS file FROM entries LEFT JOIN shards ON shards.id = shard"
-        return map(self._row, self._fetch(f"{joined} WHERE {where} ORDER BY shard, first_token", values))
+        found = self._fetch(f"{joined} WHERE {_where(named)} ORDER BY shard, first_token", list(named.values()))
+        # An index of SQLite that is damaged leads to other rows
+        return (self._row(row) for row in found if all(row[name] == value for name, value in named.items()))
 
     def _row(self, found: sqlite3.Row) -> Row | DamagedRow:
         try:
@@ -361,9 +363,9 @@ class Index:
 
     def delete(self, content_hash: str, num_voco_tokens: int | None = None, sampling: str | None = None) -> int:
         """Entries, damaged ones too; returns how many."""
-        where, values = _where(content_hash, num_voco_tokens, sampling)
+        named = _named(content_hash, num_voco_tokens, sampling)
         with readable_errors(self.path):
-            return self._db.execute(f"DELETE FROM entries WHERE {where}", values).rowcount
+            return self._db.execute(f"DELETE FROM entries WHERE {_where(named)}", list(named.values())).rowcount
 
     def delete_rows(self, rows: Iterable[Row]) -> None:
         self._run("DELETE FROM entries WHERE id = ?", ((row.id,) for row in rows))
@@ -396,15 +398,18 @@ class Index:
         return [row for row in found if _is_source(row)]
 
     def sources_of(self, content_hash: str) -> tuple[str, ...]:
-        return tuple(row["source"] for row in self.sources("content_hash = ?", (content_hash,)))
+        found = self.sources("content_hash = ?", (content_hash,))
+        return tuple(row["source"] for row in found if row["content_hash"] == content_hash)
 
     def source(self, name: str) -> sqlite3.Row | None:
-        return next(iter(self.sources("source = CAST(? AS TEXT)", (_bytes(name),))), None)
+        found = self.sources("source = CAST(? AS TEXT)", (_bytes(name),))
+        return next((row for row in found if row["source"] == name), None)
 
     def sources_ending(self, name: str) -> list[sqlite3.Row]:
         """Those whose last parts of the path are these."""
         ending = _bytes(os.sep + name)
-        return self.sources("substr(source, -length(CAST(?1 AS TEXT))) = CAST(?1 AS TEXT)", (ending,))
+        found = self.sources("substr(source, -length(CAST(?1 AS TEXT))) = CAST(?1 AS TEXT)", (ending,))
+        return [row for row in found if row["source"].endswith(os.sep + name)]
 
     def hashes_starting(self, digits: str) -> list[str]:
         found = self._fetch(
@@ -460,10 +465,13 @@ def _make_tables(db: sqlite3.Connection, schema: str) -> None:
         db.execute(statement)
 
 
-def _where(content_hash: str | None, num_voco_tokens: int | None, sampling: str | None) -> tuple[str, list[Any]]:
+def _named(content_hash: str | None, num_voco_tokens: int | None, sampling: str | None) -> dict[str, Any]:
     named = {"content_hash": content_hash, "num_voco_tokens": num_voco_tokens, "sampling": sampling}
-    given = {name: value for name, value in named.items() if value is not None}
-    return " AND ".join(f"{name} = ?" for name in given) or "1", list(given.values())
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _where(named: dict[str, Any]) -> str:
+    return " AND ".join(f"{name} = ?" for name in named) or "1"
 
 
 def _bytes(text: str | None) -> bytes | None:

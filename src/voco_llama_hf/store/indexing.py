@@ -48,7 +48,7 @@ class Indexed:
 
 
 def find_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Images and videos in a folder and the folders in it, by their suffix, and folders that cannot be read, in order."""
+    """Images and videos in a folder and in those in it, by their suffix, and folders that cannot be read; in order."""
     from PIL import Image
 
     suffixes = Image.registered_extensions().keys() - {".pdf"}

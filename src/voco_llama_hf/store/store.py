@@ -68,8 +68,8 @@ class VoCoStore:
     A folder of compressed images and videos, each stored once, under the hash of its content and its k.
 
     One process writes at a time, any number read meanwhile, also where nothing can be written. A write is all or
-    nothing: a shard is on the disk under its name before it is in the index, and one that a killed writer left is taken
-    into the index by the next. Reading deletes nothing.
+    nothing: a shard is on the disk under its name before it is in the index, and one that a killed writer left is
+    taken into the index by the next. Reading deletes nothing.
 
     Args:
         path (`str` or `os.PathLike`):
