@@ -61,6 +61,7 @@ def _wait_for_strace() -> None:
     status = Path("/proc/self/status")
     for _ in range(10_000):
         if "TracerPid:\t0\n" not in status.read_text():
+            time.sleep(0.2)
             return
         time.sleep(0.001)
     raise TimeoutError("strace did not come")
