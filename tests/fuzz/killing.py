@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 
-CALLS = "write,pwrite64,fsync,fdatasync,rename,unlink,unlinkat,mkdir,rmdir,ftruncate,chmod"
+CALLS = (
+    "write",
+    "pwrite64",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "unlink",
+    "unlinkat",
+    "mkdir",
+    "rmdir",
+    "ftruncate",
+    "chmod",
+)
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
 STRACE = shutil.which("strace")
 
@@ -28,11 +40,12 @@ def kill_at_events(action: Callable[[], None], folder: Path, step: int = 1) -> I
 
 
 def kill_at_calls(action: Callable[[], None], step: int = 1) -> Iterator[int]:
-    """The same at its system calls, SQLite's and the kernel's own among them."""
-    number = 1
-    while _run(action, _wait_for_strace, ["-e", f"inject={CALLS}:signal=KILL:when={number}"]):
-        yield number
-        number += step
+    """The same at its system calls, those of SQLite among them; strace counts each kind for itself."""
+    for call in CALLS:
+        number = 1
+        while _run(action, _wait_for_strace, ["-e", f"inject={call}:signal=KILL:when={number}"]):
+            yield number
+            number += step
 
 
 def _run(action: Callable[[], None], prepare: Callable[[], None], strace: list[str] | None = None) -> bool:
@@ -47,7 +60,7 @@ def _run(action: Callable[[], None], prepare: Callable[[], None], strace: list[s
         os._exit(0)
     tracer = None
     if strace is not None:
-        command = [STRACE, "-f", "-q", "-o", os.devnull, "-e", f"trace={CALLS}", *strace, "-p", str(pid)]
+        command = [STRACE, "-f", "-q", "-o", os.devnull, "-e", f"trace={','.join(CALLS)}", *strace, "-p", str(pid)]
         tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     status = os.waitpid(pid, 0)[1]
     if tracer is not None:
@@ -61,7 +74,7 @@ def _wait_for_strace() -> None:
     status = Path("/proc/self/status")
     for _ in range(10_000):
         if "TracerPid:\t0\n" not in status.read_text():
-            time.sleep(0.2)
+            time.sleep(0.05)
             return
         time.sleep(0.001)
     raise TimeoutError("strace did not come")

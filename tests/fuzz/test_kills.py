@@ -156,7 +156,7 @@ def test_index(quick_folder):
 @pytest.mark.slow
 @pytest.mark.skipif(STRACE is None, reason="needs strace")
 def test_index_at_each_call(quick_folder):
-    number = kill_an_index(quick_folder, lambda run, folder: kill_at_calls(run))
+    number = kill_an_index(quick_folder, lambda run, folder: kill_at_calls(run, step=3))
     print(f"index: killed at {number} calls")
 
 
