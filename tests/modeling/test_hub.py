@@ -30,6 +30,7 @@ PARTS = (
     "cache",
     "compat",
     "configuration",
+    "files",
     "fingerprint",
     "generation",
     "images",

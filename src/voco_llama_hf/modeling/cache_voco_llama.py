@@ -3,10 +3,7 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .configuration_voco_llama import key_value_shape
+from .files_voco_llama import apply_umask, written_aside
 from .fingerprint_voco_llama import Fingerprint, check_fingerprint, join_fingerprints
 from .layout_voco_llama import per_image_counts
 
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a folder that is in use cannot be removed anyway
-    fcntl = None  # type: ignore[assignment]
 
 FILE_FORMAT = "voco_cache"
 FILE_VERSION = "2"
@@ -259,6 +252,7 @@ class VoCoCache:
             path (`str` or `os.PathLike`): File to write, or to replace.
 
         Raises:
+            FileExistsError: if there is a link, a device, a pipe or a folder under that name.
             OSError: if it cannot be written.
         """
         path = Path(path)
@@ -272,10 +266,9 @@ class VoCoCache:
             "fingerprint": json.dumps(self.fingerprint),
         }
         metadata["sha256"] = digest_file(tensors, metadata)
-        with folder_aside(path) as folder:
-            save_file(tensors, folder / path.name, metadata=metadata)
-            apply_umask(folder / path.name)
-            os.replace(folder / path.name, path)
+        with written_aside(path) as aside:
+            save_file(tensors, aside, metadata=metadata)
+            apply_umask(aside)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VoCoCache":
@@ -429,62 +422,6 @@ def shorten(value: Any) -> str:
         return f"[{', '.join(map(shorten, value[:8]))}, ...]"
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None), list)) else type(value).__name__
     return text if len(text) <= 80 else text[:80] + "..."
-
-
-@contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
-    """
-    A folder next to a file, to write in before the file is renamed to its place: whatever a killed process leaves is
-    in there, under a name that says whose it is, and whoever writes the same file next removes it.
-    """
-    prefix = f".{path.name}."
-    for name in os.listdir(path.parent):
-        if name.startswith(prefix) and name.endswith(".part"):
-            remove_dead(path.parent / name)
-    handle = None
-    while handle is None:
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".part"))
-        handle = lock_folder(folder, wait=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle) if handle >= 0 else None
-
-
-def remove_dead(folder: Path) -> None:
-    """Removes a folder of [`folder_aside`] unless its writer lives."""
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    handle = lock_folder(folder, wait=False)
-    if handle is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle) if handle >= 0 else None
-
-
-def lock_folder(folder: Path, wait: bool) -> int | None:
-    """A lock that ends with the process that holds it; None if it cannot be had or the folder is gone."""
-    if fcntl is None:
-        return -1
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.exists(folder):
-            return handle
-    except BlockingIOError:
-        pass
-    os.close(handle)
-    return None
-
-
-def apply_umask(path: str | os.PathLike) -> None:
-    """Gives a file that was written for its owner alone the permissions of any new file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
 
 
 def digest(*tensors: torch.Tensor, about: str = "") -> str:
