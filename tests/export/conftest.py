@@ -16,7 +16,8 @@ def torch_model():
 def exported(torch_model, tmp_path_factory) -> Path:
     """`torch_model` in ONNX."""
     folder = tmp_path_factory.mktemp("onnx") / "exported"
-    export_onnx(torch_model, folder, build_processor())
+    export_onnx(torch_model, folder)
+    build_processor().save_pretrained(folder)
     return folder
 
 

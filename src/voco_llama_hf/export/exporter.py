@@ -109,7 +109,7 @@ def export_onnx(
     pictures = default_pictures() if images is None else list(images)
     if not pictures:
         raise ValueError("images is empty: give at least one, or None for those of the package")
-    asked = None if processor is None else check_questions(questions, processor)
+    asked = None if processor is None else check_questions(questions, processor, model.config.voco_token_id)
     check_new_folder(output)
 
     fingerprint, kind = model.fingerprint(), quantize or precision

@@ -55,12 +55,12 @@ def find_exported(
             folder = place
             break
     # Raises transformers' own errors where they are missing
-    graphs = [
+    compressor, decoder = (
         Path(str(cached_file(model_id, file, subfolder=folder, **hub))) for file in (COMPRESSOR_FILE, DECODER_FILE)
-    ]
+    )
     # What belongs to the model and not to its graphs may lie above them
     places = [folder, *(str(parent).removeprefix(".") for parent in PurePosixPath(folder).parents)]
-    weights = [find_file(model_id, data_file(graph.name), [folder], **hub) for graph in graphs]
+    weights = [find_file(model_id, data_file(name), [folder], **hub) for name in (COMPRESSOR_FILE, DECODER_FILE)]
     processor = [find_file(model_id, file, places, **hub) for file in PROCESSOR_FILES]
     saved_config = find_file(model_id, "config.json", places, **hub)
     if config is None:
@@ -69,8 +69,9 @@ def find_exported(
         config = VoCoLlamaConfig.from_pretrained(Path(str(saved_config)).parent)
     saved_generation = find_file(model_id, "generation_config.json", places, **hub)
     return ExportedFiles(
-        *graphs,
-        copied=[*graphs, *(path for path in (*weights, *processor) if path is not None)],
+        compressor,
+        decoder,
+        copied=[compressor, decoder, *(path for path in (*weights, *processor) if path is not None)],
         config=config,
         generation_config=None
         if saved_generation is None

@@ -1,5 +1,7 @@
 """Keys and values between transformers' cache and the graphs."""
 
+from typing import Any
+
 import torch
 from transformers import Cache, DynamicCache
 
@@ -22,13 +24,15 @@ def read_cache(
             f"past_key_values must be a DynamicCache of {signature.layers} layers, got a {type(cache).__name__} of "
             f"{len(cache.layers)}"
         )
-    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+    cached: Any = cache.layers
+    return [(layer.keys, layer.values) for layer in cached]
 
 
 def write_cache(cache: Cache, present: KeyValues) -> None:
     """Makes `present` the content of a cache, without a copy where it has layers already."""
+    layers: Any = cache.layers
     for number, (keys, values) in enumerate(present):
-        if number == len(cache.layers) or not cache.layers[number].is_initialized:
+        if number == len(layers) or not layers[number].is_initialized:
             cache.update(keys, values, number)
         else:
-            cache.layers[number].keys, cache.layers[number].values = keys, values
+            layers[number].keys, layers[number].values = keys, values
