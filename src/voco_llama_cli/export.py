@@ -53,9 +53,7 @@ def onnx(
     device: Annotated[str, typer.Option(help="Device that PyTorch runs on: cpu, cuda, cuda:1, ...")] = "cpu",
     images: Annotated[
         list[str] | None,
-        typer.Option(
-            "--image", help="Image to compare answers on, repeatable. By default two of the package."
-        ),
+        typer.Option("--image", help="Image to compare answers on, repeatable. By default two of the package."),
     ] = None,
     questions: Annotated[
         list[str] | None,

@@ -22,5 +22,16 @@ def exported(torch_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
+def small_model(processor):
+    """One layer, exported in seconds, and with the tokens of `processor`."""
+    return tiny_model(voco_token_id=processor.image_token_id, text={"num_hidden_layers": 1})
+
+
+@pytest.fixture(scope="session")
 def ort_model(exported):
     return ORTVoCoLlamaForConditionalGeneration.from_pretrained(exported)
