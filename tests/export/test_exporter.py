@@ -97,7 +97,7 @@ def assert_near(ort_model, model, tolerance: float):
 
 
 def test_fused_on_the_fly_and_saved(small_model, processor, tmp_path):
-    """Graphs for the CPU provider have ONNX Runtime's own operators, and the same answers; the processor comes along."""
+    """Graphs for the CPU provider have ONNX Runtime's own operators; the processor is beside them."""
     small_model.save_pretrained(tmp_path / "torch")
     processor.save_pretrained(tmp_path / "torch")
     model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(
@@ -323,9 +323,9 @@ def test_providers_that_are_not_there(exported):
 def test_providers_as_optimum_has_them(exported):
     """A list, options with them or beside them, and the flags of its models."""
     name = "CPUExecutionProvider"
-    for given in ({"providers": [name]}, {"providers": [(name, {})]}, {"provider": name, "provider_options": {}}):
+    for options in ({"providers": [name]}, {"providers": [(name, {})]}, {"provider": name, "provider_options": {}}):
         model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(
-            exported, **given, use_io_binding=True, trust_remote_code=True
+            exported, **options, use_io_binding=True, trust_remote_code=True
         )
         assert model.decoder.session.get_providers() == [name]
     with pytest.raises(ValueError, match="no CUDAExecutionProvider"):

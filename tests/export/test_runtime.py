@@ -258,7 +258,7 @@ def test_what_the_graphs_lack(torch_model, ort_model, inputs):
     for argument, message in (("labels", "compute no loss"), ("attention_mode", 'compute attention_mode="voco" only')):
         with pytest.raises(ValueError, match=message):
             ort_model(**inputs, **{argument: "causal"})
-    with pytest.raises(TypeError, match="unexpected keyword arguments .'text_groups'"):
+    with pytest.raises(TypeError, match=r"unexpected keyword arguments .'text_groups'"):
         ort_model(**inputs, text_groups=inputs["input_ids"])
     with pytest.raises(ValueError, match="runs on cpu"):
         ort_model.to("cuda")

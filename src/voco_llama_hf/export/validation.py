@@ -89,7 +89,7 @@ def compare(graph: Graph, session: TorchSession, kind: str, atol: float | None =
                 )
         relative = {name: relative_difference(outputs[name], tensor) for name, tensor in expected.items()}
         absolute = [
-            (outputs[name].to(tensor.device).float() - tensor.float()).abs() for name, tensor in expected.items()
+            (outputs[name].to(tensor.device).float() - tensor.float()).abs().max() for name, tensor in expected.items()
         ]
         # A NaN is the worst of all
         worst = max(relative, key=lambda name: math.inf if math.isnan(relative[name]) else relative[name])
