@@ -37,6 +37,8 @@ FILES = {
     *("compressor_model.onnx", "compressor_model.onnx.data", "decoder_model.onnx", "decoder_model.onnx.data"),
     *("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"),
 }
+# To ask little
+FEW = {"images": default_pictures()[:1], "questions": ["What?"]}
 
 
 def test_the_folder_is_complete(exported):
@@ -63,7 +65,7 @@ def test_names_and_axes_of_the_graphs(exported):
 
 def test_four_bits(small_model, processor, tmp_path, generous):
     """Weights of a fraction of the size, in half precision, whose answers are still near."""
-    export_onnx(small_model, tmp_path / "exported", processor, precision="fp16", quantize="int4")
+    export_onnx(small_model, tmp_path / "exported", processor, precision="fp16", quantize="int4", **FEW)
     model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "exported")
     assert_near(model, small_model, 0.5)
     decoder = (small_model.model.language_model, small_model.lm_head)
@@ -72,9 +74,9 @@ def test_four_bits(small_model, processor, tmp_path, generous):
     assert (model.dtype, small_model.dtype) == (torch.float16, torch.float32)
 
 
-def test_eight_bits_of_another_text_model(processor, tmp_path):
+def test_eight_bits_of_another_text_model(processor, tmp_path, generous):
     model = tiny_model(text_class=Qwen3Config, voco_token_id=processor.image_token_id, text={"num_hidden_layers": 1})
-    export_onnx(model, tmp_path / "exported", processor, quantize="int8", opset=20)
+    export_onnx(model, tmp_path / "exported", processor, quantize="int8", opset=20, **FEW)
     graph = onnx.load(tmp_path / "exported" / "decoder_model.onnx", load_external_data=False)
     assert next(opset.version for opset in graph.opset_import if opset.domain == "") == 20
     assert any(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in graph.graph.node)
@@ -101,7 +103,7 @@ def test_fused_on_the_fly_and_saved(small_model, processor, tmp_path):
     small_model.save_pretrained(tmp_path / "torch")
     processor.save_pretrained(tmp_path / "torch")
     model = ORTVoCoLlamaForConditionalGeneration.from_pretrained(
-        tmp_path / "torch", export=True, provider="CPUExecutionProvider"
+        tmp_path / "torch", export=True, provider="CPUExecutionProvider", **FEW
     )
     model.save_pretrained(tmp_path / "saved")
     del model
@@ -236,13 +238,14 @@ def test_inputs_are_the_same_every_time(torch_model):
 
 @pytest.fixture
 def generous(monkeypatch):
-    """Random weights lose more to four bits than trained ones, and hardly prefer any token."""
-    monkeypatch.setitem(LIMITS, "int4", (0.1, 0.9))
+    """Random weights lose more to few bits than trained ones, and hardly prefer any token."""
+    for kind in ("int4", "int8"):
+        monkeypatch.setitem(LIMITS, kind, (0.1, 0.9))
 
 
 def test_answers_decide(small_model, processor, tmp_path):
     """Graphs of this model answer as it does, those of another do not."""
-    export_onnx(small_model, tmp_path / "exported", processor, images=default_pictures()[:1], questions=["What?"])
+    export_onnx(small_model, tmp_path / "exported", processor, **FEW)
     exported = ORTVoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "exported")
     asked = processor, "int4", default_pictures()[:1], ["What is this?", "Where?"]
     answers = compare_answers(small_model, exported, *asked)
