@@ -4,25 +4,28 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModel, Cache, DynamicCache, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from ..modeling.attention_voco_llama import per_image_counts, resolve_num_voco_tokens
 from ..modeling.cache_voco_llama import check_fingerprint
+from ..modeling.compat_voco_llama import CACHE
 from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
-from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE, rotate_keys
+from ..modeling.injection_voco_llama import CompressedImages
+from ..modeling.layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
+from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE
+from ..modeling.outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast
+from ..modeling.rotation_voco_llama import rotate_keys
 from .files import FINGERPRINT, new_folder
 from .loading import HUB_OPTIONS, find_exported, find_processor
 from .past import read_cache, write_cache
@@ -178,11 +181,15 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
             repo_id = api.create_repo(repo_id or target.name, private=private, exist_ok=True).repo_id
             api.upload_folder(repo_id=repo_id, folder_path=target, commit_message=commit_message)
 
-    def __call__(self, *args, **kwargs) -> LlavaCausalLMOutputWithPast:
+    def __call__(self, *args, **kwargs) -> VoCoLlamaCausalLMOutputWithPast:
         return self.forward(*args, **kwargs)
 
     def can_generate(self) -> bool:
         return True
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """None: nothing here is a module of PyTorch."""
+        return iter(())
 
     @staticmethod
     def is_remote_code() -> bool:
@@ -248,27 +255,49 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         )
         return keys, values
 
-    def get_image_features(
+    def get_compressed_images(
         self,
-        pixel_values: Any = None,
-        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
-        voco_cache: VoCoCache | None = None,
-        return_dict: bool = True,
-    ) -> BaseModelOutputWithPooling:
-        """See [`VoCoLlamaModel.get_image_features`]; its rows are keys at position 0 and values."""
-        if (voco_cache is None) == (pixel_values is None):
-            raise ValueError("pass the images either as pixel_values or as a voco_cache")
+        pixel_values: torch.Tensor | None,
+        voco_cache: VoCoCache | None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None,
+        voco_mask: np.ndarray,
+        start: int = 0,
+        **vision_options,
+    ) -> CompressedImages:
+        """See [`VoCoLlamaModel.get_compressed_images`]; what the vision tower hands on is fixed in the graph."""
+        if chosen := sorted(name for name, value in vision_options.items() if value is not None):
+            raise ValueError(f"{chosen[0]} is fixed in the exported graph: export a model whose configuration says it")
+        given: Any = pixel_values if voco_cache is None else voco_cache
+        if voco_cache is not None and num_voco_tokens is None:
+            num_voco_tokens = voco_cache.token_counts
+        counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
+        find_starts(voco_mask, counts)
         if voco_cache is None:
-            voco_cache = self.compress(pixel_values, num_voco_tokens, show_progress=False)
+            voco_cache = self.compress(given, counts, show_progress=False)
         else:
+            voco_cache.resolve(counts)
             check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
-            voco_cache.resolve(num_voco_tokens)
-            voco_cache = voco_cache.to(self.device)
-        offsets = torch.cat([torch.arange(count) for count in voco_cache.token_counts]).to(self.device)
-        at_zero = rotate_keys(voco_cache.keys, -offsets, self.rotary_emb)
-        rows = torch.cat([at_zero.flatten(1), voco_cache.values.flatten(1)], dim=-1)
-        images: Any = list(rows.split(voco_cache.token_counts))
-        return BaseModelOutputWithPooling(pooler_output=images)
+        offsets = np.concatenate([np.arange(count) for count in counts])
+        rows, columns = voco_mask.nonzero()
+        return CompressedImages(
+            voco_cache.keys, voco_cache.values, None, offsets, rows, columns + start, len(voco_mask)
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):  # type: ignore[override]
+        """
+        See [`VoCoLlamaForConditionalGeneration.generate`].
+
+        Raises:
+            ValueError: also if a prompt ends with an image.
+        """
+        input_ids = inputs if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        is_given = kwargs.get("pixel_values") is not None and input_ids is not None
+        if is_given and self.get_voco_mask(input_ids)[:, -1].any():
+            raise ValueError(
+                "on ONNX Runtime a prompt must end with text, but its last token is <voco>: only the keys and values "
+                "of images are exported"
+            )
+        return super().generate(inputs, *args, **kwargs)
 
     @torch.no_grad()
     @can_return_tuple
@@ -282,7 +311,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
         voco_cache: VoCoCache | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        compressed_images: CompressedImages | None = None,
+        cache: Cache | None = None,
         use_cache: bool = True,
         attention_mode: str | None = None,
         labels: torch.Tensor | None = None,
@@ -290,7 +320,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> VoCoLlamaCausalLMOutputWithPast:
         """
         See [`VoCoLlamaForConditionalGeneration.forward`]. Logits at `<voco>` tokens are zeros: only the keys and
         values of images are exported.
@@ -309,33 +339,33 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         assert input_ids is not None
         if output_attentions or output_hidden_states:
             raise ValueError("the exported decoder returns neither attentions nor hidden states")
-        features = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
-        if sum(images is not None for images in (pixel_values, voco_cache, features)) > 1:
-            raise ValueError("pass the images once: as pixel_values, as a voco_cache or as mm_encoder_outputs")
-        images: Any = pixel_values if voco_cache is None else voco_cache
-        if images is not None:
-            if voco_cache is not None and num_voco_tokens is None:
-                num_voco_tokens = voco_cache.token_counts
-            counts = resolve_num_voco_tokens(num_voco_tokens, len(images), int(voco_mask.sum()))
-            features = self.get_image_features(pixel_values, counts, voco_cache)
-
-        cache: Any = DynamicCache() if past_key_values is None else past_key_values
+        given = sum(images is not None for images in (pixel_values, voco_cache, compressed_images))
+        if given > 1:
+            raise ValueError("pass the images once: as pixel_values, as a voco_cache or as compressed_images")
+        if cache is None:
+            cache = DynamicCache() if past_key_values is None else past_key_values
         past = read_cache(cache, self._signature, len(input_ids), self.dtype, self.device)
-        past_length, length = past[0][0].shape[2], input_ids.shape[1]
+        past_length, (batch_size, length) = past[0][0].shape[2], input_ids.shape
+        if pixel_values is not None or voco_cache is not None:
+            compressed_images = self.get_compressed_images(
+                pixel_values, voco_cache, num_voco_tokens, voco_mask.cpu().numpy(), past_length
+            )
         if attention_mask is None:
             attention_mask = torch.ones(len(input_ids), past_length + length, dtype=torch.long)
         if position_ids is None:
             position_ids = torch.arange(past_length, past_length + length)[None]
         position_ids = position_ids.expand(len(input_ids), -1)
-        if features is None or not voco_mask.any():
-            logits: torch.Tensor | None
+        logits: torch.Tensor | None
+        if compressed_images is None or not compressed_images.stand_in(past_length, length):
             logits, present = self._decode(input_ids, attention_mask, position_ids, past)
         else:
-            rows: Any = features.pooler_output
-            placed = self._place_images(torch.cat(list(rows)), position_ids[voco_mask.to(position_ids.device)])
+            images = compressed_images.window(past_length, length, batch_size)
+            places = torch.from_numpy(images.rows), torch.from_numpy(images.columns)
+            is_image = torch.zeros(batch_size, length, dtype=torch.bool).index_put(places, torch.tensor(True))
+            position_ids = position_ids.cpu()
+            placed = self._place_images(images, position_ids[places])
             logits, present = prefill(
-                *(self._decode, input_ids.cpu(), attention_mask.cpu(), position_ids.cpu(), past),
-                *(voco_mask.cpu(), placed),
+                *(self._decode, input_ids.cpu(), attention_mask.cpu(), position_ids, past, is_image, placed)
             )
         if logits is None:
             vocab_size = self.config.text_config.vocab_size
@@ -343,7 +373,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         if use_cache:
             write_cache(cache, present)
         logits = slice_logits_to_keep(logits, logits_to_keep)
-        return LlavaCausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        return VoCoLlamaCausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 
     def _decode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: KeyValues
@@ -362,26 +392,11 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         states = [outputs[name] for name in self._signature.presents]
         return outputs["logits"], list(zip(states[::2], states[1::2]))
 
-    def _place_images(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _place_images(self, images: CompressedImages, positions: torch.Tensor) -> torch.Tensor:
         """Keys, at their positions, and values `(2, layers, tokens, key_value_heads, head_dim)` of images."""
-        layers, heads, head_dim = self._signature.layers, self._signature.heads, self._signature.head_dim
-        if rows.shape != (len(positions), 2 * layers * heads * head_dim):
-            raise ValueError(
-                f"the input has {len(positions)} <voco> tokens and the model {2 * layers * heads * head_dim} numbers "
-                f"a token, but its images were compressed into {tuple(rows.shape)}"
-            )
-        keys, values = rows.to(self.device).view(-1, 2, layers, heads, head_dim).unbind(1)
-        keys = rotate_keys(keys, positions.to(self.device), self.rotary_emb)
-        return torch.stack([keys, values]).transpose(1, 2).to(self.dtype)
-
-    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs: dict, *args, **kwargs) -> dict:
-        is_text = inputs_tensor.ndim == 2
-        if model_kwargs.get("pixel_values") is not None and is_text and self.get_voco_mask(inputs_tensor)[:, -1].any():
-            raise ValueError(
-                "on ONNX Runtime a prompt must end with text, but its last token is <voco>: only the keys and values "
-                "of images are exported"
-            )
-        return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
+        moved = positions - torch.from_numpy(images.offsets)
+        keys = rotate_keys(images.keys.to(self.device), moved.to(self.device), self.rotary_emb)
+        return torch.stack([keys, images.values.to(self.device)]).transpose(1, 2).to(self.dtype)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args, **kwargs
@@ -392,8 +407,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported on ONNX Runtime, "
                 "whose keys and values are in a DynamicCache"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DynamicCache()
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = DynamicCache()
         elif generation_config.use_cache:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, *args, **kwargs
