@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-import uvicorn
 from fastapi import HTTPException
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from modeling.helpers import build_processor, tiny_model
 from openai import OpenAI
 
 from voco_llama_hf import VoCoCache
-from voco_llama_hf.serving import Limits, build_app
+from voco_llama_hf.serving import Limits, build_app, build_server
 from voco_llama_hf.serving.image_cache import ImageCache, hash_bytes
 from voco_llama_hf.serving.remote_images import ImageLoader, is_public
 from voco_llama_hf.store import hash_file
@@ -91,7 +90,7 @@ def site():
 
 
 def load(url: str, is_allowed=is_public) -> bytes:
-    return asyncio.run(ImageLoader(True, 1000, is_allowed).load(url))
+    return asyncio.run(ImageLoader(True, is_allowed).load(url, 1000))
 
 
 def test_fetching(site):
@@ -139,10 +138,10 @@ def running():
     model = tiny_model(voco_token_id=processor.image_token_id)
     app = build_app(model, processor, "tiny", Limits(max_tokens=400, max_queue=2))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = build_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    yield model, app, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    yield model, app.app, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     server.should_exit = True
     thread.join()
     listener.close()
@@ -178,7 +177,7 @@ def test_a_request_that_does_not_arrive(running):
     _, app, url = running
     host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
     app.limits = replace(app.limits, read_seconds=0.2, max_request_bytes=1000)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
     for request, status in (
         (head + b"Content-Length: 50\r\n\r\n{", b"408"),
         (head + b"Content-Length: 5000\r\n\r\n", b"413"),
