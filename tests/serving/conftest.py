@@ -1,16 +1,20 @@
 import base64
 import io
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from openai import OpenAI
 from PIL import Image, ImageDraw
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf.serving import build_app, build_server
 
 
 MODEL = "voco-scenes-tiny"
@@ -42,7 +46,7 @@ class Server:
         self.port = int(port)
 
     def client(self, **options) -> OpenAI:
-        return OpenAI(base_url=self.url, api_key="none", **{"max_retries": 0, "timeout": 300, **options})
+        return client_of(self.url, **options)
 
     def stop(self) -> None:
         self.process.terminate()
@@ -115,6 +119,26 @@ def server() -> Iterator[Server]:
     bounds = ["--max-request-mb", "4", "--max-megapixels", "1", "--max-images", "4", "--max-queue", "40"]
     with serving(*bounds) as running:
         yield running
+
+
+@contextmanager
+def in_process(model, processor, **options) -> Iterator[tuple[Any, str]]:
+    """A server in this process: its application, and its URL."""
+    app = build_app(model, processor, MODEL, **options)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = build_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield app, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def client_of(url: str, **options) -> OpenAI:
+    return OpenAI(base_url=url, api_key="none", **{"max_retries": 0, "timeout": 300, **options})
 
 
 def scene(colour: str = "red", size: int = 64, mark: int = 0) -> bytes:

@@ -124,12 +124,13 @@ class Engine:
         masks = [[0] * (length - len(job.input_ids)) + [1] * len(job.input_ids) for job in jobs]
         caches = [cache for answer in batch for cache in answer.caches]
         images = {"voco_cache": VoCoCache.cat(caches).to(device)} if caches else {}
+        config = copy.copy(self._config)
+        config.max_new_tokens = max(job.max_tokens for job in jobs)
         self.model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(masks, device=device),
             **images,
-            generation_config=self._config,
-            max_new_tokens=max(job.max_tokens for job in jobs),
+            generation_config=config,
             logits_processor=[Drawing([job.sampling for job in jobs], length, device)],
             stopping_criteria=[Progress(batch)],
         )
