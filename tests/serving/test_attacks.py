@@ -11,6 +11,7 @@ import pytest
 import torch
 from serving.conftest import MODEL, ask, asking_for_health, client_of, data_url, in_process, scene
 
+from voco_llama_hf.scenes.still import DESCRIBE
 from voco_llama_hf.serving import ImageCache
 
 
@@ -170,7 +171,7 @@ def test_host_headers_of_other_names(server):
 
 def test_keys_and_names(embedded):
     with in_process(*embedded, api_keys=["one", "zwei"], allowed_hosts=["voco.example"]) as (_, url):
-        for key, is_right in (("one", True), ("zwei", True), ("on", False), ("", False), ("ONE", False)):
+        for key, is_right in (("one", True), ("zwei", True), ("on", False), ("x", False), ("ONE", False)):
             headers = {"Host": "voco.example:80", "Authorization": f"Bearer {key}"}
             response = httpx2.get(f"{url}/models", headers=headers, timeout=300)
             assert response.status_code == (200 if is_right else 401), key
@@ -181,7 +182,7 @@ def test_keys_and_names(embedded):
         assert httpx2.get(url.removesuffix("v1") + "health", timeout=300).status_code == 200
 
 
-@pytest.mark.parametrize("text", ["{{ raise_exception('never') }}", "{{ 1 / 0 }}", "{% for %}", "{{ 'x' * 10**8 }}"])
+@pytest.mark.parametrize("text", ["{{ raise_exception('never') }}", "{{ 1 / 0 }}", "{% for %}", "{{ 'x' * 10**7 }}"])
 def test_templates_that_fail_or_do_not_end(embedded, text):
     """Of every conversation: an error when the server starts. Of some: an error for who sends them."""
     model, processor = embedded
@@ -206,7 +207,7 @@ def test_a_seed_holds_among_24_requests(server):
     client, url = server.client(), data_url(scene("blue", mark=6))
 
     def draw(seed: int | None) -> str:
-        options = {"model": MODEL, "messages": ask(COLOUR, url), "temperature": 2, "max_tokens": 12}
+        options = {"model": MODEL, "messages": ask(DESCRIBE, url), "temperature": 2, "max_tokens": 12}
         return client.chat.completions.create(**options, seed=seed).choices[0].message.content
 
     alone = [draw(seed) for seed in range(8)]

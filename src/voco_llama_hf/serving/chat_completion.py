@@ -110,6 +110,8 @@ class ChatCompletions:
         answer = self.engine.submit(job)
         try:
             text = "".join([piece async for piece in answer])
+        except RuntimeError as error:
+            raise HTTPException(500, str(error)) from error
         finally:
             answer.cancel()
         return JSONResponse(reply.whole(text, answer))

@@ -39,15 +39,18 @@ class Sampling:
     @classmethod
     def of_request(cls, body: dict[str, Any], default: GenerationConfig) -> "Sampling":
         """What a checked request asks for; where it is silent, the model's own configuration has it."""
-        asked = {name: body[name] for name in OPTIONS if body.get(name) is not None}
-        temperature = asked.pop("temperature", (default.temperature or 1.0) if default.do_sample else 0.0)
-        if temperature < MIN_TEMPERATURE:
-            temperature = 0.0
-        own = {"top_p": default.top_p or 1.0, "top_k": default.top_k or 0} if default.do_sample else {}
-        return cls(temperature, **{**own, **asked})
+        own: dict[str, float] = {}
+        if default.do_sample:
+            own = {"temperature": default.temperature or 1.0, "top_p": default.top_p or 1.0}
+        # JSON has 1 for 1.0, which the classes of transformers do not take
+        numbers = own | {name: float(body[name]) for name in NUMBERS if body.get(name) is not None}
+        if numbers.get("temperature", 0.0) < MIN_TEMPERATURE:
+            numbers["temperature"] = 0.0
+        top_k = default.top_k or 0 if default.do_sample else 0
+        return cls(**numbers, top_k=top_k, seed=body.get("seed"))
 
 
-OPTIONS = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
+NUMBERS = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
 
 
 class Drawing(LogitsProcessor):
