@@ -48,6 +48,8 @@ def render(conversation: list[dict], processor: VoCoLlamaProcessor) -> str:
     """
     try:
         return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except ValueError:
+        raise
     except Exception as error:  # a template is a program that came with the checkpoint, and fails as it likes
         reason = f"{type(error).__name__}: {error}"[:MAX_ERROR]
         raise ValueError(f"the chat template of this model fails: {reason}") from error

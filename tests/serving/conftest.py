@@ -138,7 +138,7 @@ def in_process(model, processor, **options) -> Iterator[tuple[Any, str]]:
 
 
 def client_of(url: str, **options) -> OpenAI:
-    return OpenAI(base_url=url, api_key="none", **{"max_retries": 0, "timeout": 300, **options})
+    return OpenAI(base_url=url, **{"api_key": "none", "max_retries": 0, "timeout": 300, **options})
 
 
 def scene(colour: str = "red", size: int = 64, mark: int = 0) -> bytes:

@@ -211,7 +211,7 @@ def test_a_seed_holds_among_24_requests(server):
         return client.chat.completions.create(**options, seed=seed).choices[0].message.content
 
     alone = [draw(seed) for seed in range(8)]
-    assert len(set(alone)) > 4
+    assert len(set(alone)) > 2
     with ThreadPoolExecutor(24) as pool:
         seeds = [*range(8), *[None] * 8, *range(8)]
         among = list(pool.map(draw, seeds))
