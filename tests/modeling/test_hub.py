@@ -30,6 +30,7 @@ PARTS = (
     "cache",
     "compat",
     "configuration",
+    "fingerprint",
     "generation",
     "images",
     "injection",
@@ -43,6 +44,7 @@ PARTS = (
     "single_pass",
     "two_stages",
     "video",
+    "weights",
 )
 SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """

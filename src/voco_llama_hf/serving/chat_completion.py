@@ -31,7 +31,7 @@ from .sampling import Sampling
 
 
 MAX_VOCO_TOKENS = 64
-READERS = 2  # threads that tokenize and decode: a request is up to hundreds of megabytes for as long as it is read
+READERS = 1  # threads that tokenize and decode: more take the event loop's turns, and hold hundreds of megabytes each
 CLIENT_GONE = 499
 
 

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from ..modeling.fingerprint_voco_llama import with_images
 from ..prompts import check_text_length, render
 from ..store import VoCoStore
 from .access import AccessMiddleware
@@ -66,10 +67,11 @@ def build_app(
     greeting = render([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], processor)
     check_text_length(greeting, processor, model.config.text_config.max_position_embeddings)
     limits = limits or Limits()
+    made_by = with_images(model.fingerprint(), processor.image_processor)
     if store is not None:
         # A store that cannot be used is an error now, not at the first request
-        VoCoStore(store, model.fingerprint()).close()
-    engine = Engine(model, processor, ImageCache(image_cache_bytes, store, model.fingerprint()))
+        VoCoStore(store, made_by).close()
+    engine = Engine(model, processor, ImageCache(image_cache_bytes, store, made_by))
     loader = ImageLoader(allow_remote_images)
     app = build_routes(model_id, engine, ChatCompletions(model_id, engine, loader, limits))
     return AccessMiddleware(LimitMiddleware(app, limits), allowed_hosts, api_keys)

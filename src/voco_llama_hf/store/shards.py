@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..modeling.cache_voco_llama import VoCoCache, apply_umask, check_fingerprint, digest
+from ..modeling.cache_voco_llama import VoCoCache, apply_umask, check_cache, digest
+from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 
 
@@ -198,4 +199,6 @@ class Shard:
         if "key_scales" in tensors:
             keys = dequantize(keys, tensors["key_scales"], self.dtype)
             values = dequantize(values, tensors["value_scales"], self.dtype)
-        return VoCoCache(keys, values, [num_voco_tokens] * num_images, self.fingerprint)
+        cache = VoCoCache(keys, values, [num_voco_tokens] * num_images, self.fingerprint)
+        check_cache(cache, what=f"an entry of {self.path}")
+        return cache

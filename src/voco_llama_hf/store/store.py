@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..modeling.cache_voco_llama import VoCoCache, check_fingerprint
+from ..modeling.cache_voco_llama import VoCoCache
+from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 from .shards import Record, Shard, save_shard, single_k, write_shard
 
