@@ -72,7 +72,7 @@ def onnx(
         check_new_folder(output)
         check_provider(provider or "CPUExecutionProvider")
         status.stop()
-        network, processor = load_model(name, "cpu", None)
+        network, processor = load_model(name, "cpu", None, merge=True)
         status.start()
         report = export_onnx(
             network,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +18,11 @@ from trl import SFTTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..loading import find_base, load_adapters, load_processor, load_whole
+from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .distillation import Reading, bare, kl_divergence, load_teacher, on_last_hidden_states, read_uncompressed
 from .elastic import draw_num_voco_tokens, keep_voco_tokens
-from .model_card import write_training_card
+from .model_card import without_automatic_card, write_training_card
 from .sft_config import VoCoSFTConfig
 from .voco_embedding import warn_if_voco_is_not_trained, with_voco_embedding
 
@@ -92,10 +95,12 @@ class VoCoSFTTrainer(SFTTrainer):
             args = VoCoSFTConfig("voco-llama-sft")
         if not isinstance(args, VoCoSFTConfig):
             raise TypeError(f"args must be a VoCoSFTConfig, got {type(args).__name__}")
+        revision = dict(args.model_init_kwargs or {}).get("revision") or "main"
+        name = model if isinstance(model, str) else bare(model).config._name_or_path
         if isinstance(model, str):
             model = load_student(model, args, quantization_config)
         if processing_class is None:
-            processing_class = VoCoLlamaProcessor.from_pretrained(bare(model).config._name_or_path)
+            processing_class = load_processor(name, revision)
         super().__init__(
             model,
             args,
@@ -203,7 +208,9 @@ class VoCoSFTTrainer(SFTTrainer):
             write_training_card(self, model_name, dataset_name, [*self._tag_names, *tags])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        with without_automatic_card(folder) if self.is_world_process_zero() else nullcontext():
+            super().save_model(output_dir, _internal_call)
         # Called by a user, at the end of a training
         if not _internal_call and output_dir in (None, self.args.output_dir):
             self.create_model_card()
@@ -226,19 +233,21 @@ class VoCoSFTTrainer(SFTTrainer):
         metrics["distillation_loss"].append(divergence_sum / max(1, number))
 
 
-def load_student(path: str, args: VoCoSFTConfig, quantization_config: Any) -> VoCoLlamaForConditionalGeneration:
+def load_student(
+    path: str, args: VoCoSFTConfig, quantization_config: Any
+) -> VoCoLlamaForConditionalGeneration | PeftModel:
     """
-    Loads the model as TRL loads one by its name, in float32 unless `args.model_init_kwargs` says otherwise.
+    Loads the model as TRL loads one by its name, in float32 unless `args.model_init_kwargs` says otherwise; adapters
+    as such, to be trained further.
 
     Raises:
         ValueError: if it is not a VoCo-LLaMA.
     """
-    model_type = VoCoLlamaConfig.get_config_dict(path)[0].get("model_type")
-    if model_type != VoCoLlamaConfig.model_type:
-        raise ValueError(f"{path} is a {model_type} model: make it a VoCo-LLaMA with voco-llama convert first")
     options: Any = {"dtype": "float32", **dict(args.model_init_kwargs or {})}
     args.model_init_kwargs = None
-    return VoCoLlamaForConditionalGeneration.from_pretrained(path, quantization_config=quantization_config, **options)
+    if find_base(path) is not None:
+        return load_adapters(path, is_trainable=True, quantization_config=quantization_config, **options)
+    return load_whole(path, quantization_config=quantization_config, **options)
 
 
 def freeze(model: torch.nn.Module, names: list[str]) -> None:
