@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,11 +45,13 @@ def push(
         raise UsageProblem(f"REPO is the name of a repository, as in name/{model.absolute().name}, got {repo!r}")
     if merge:
         check_extra("--merge", "train", ["peft"])
+    from rich.console import Console
+
     from .loading import silence_transformers
 
     silence_transformers()
     from voco_llama_hf.hub.card import hub_base
-    from voco_llama_hf.hub.merge import merged
+    from voco_llama_hf.hub.merge import merge_adapters
     from voco_llama_hf.hub.push import plan_push, push_model
     from voco_llama_hf.loading import is_adapter_folder, load_config
 
@@ -57,7 +60,11 @@ def push(
         raise UsageProblem(f"--merge adds adapters to their base model, but {model} has no adapter_config.json")
     load_config(str(model))
     base_model = base_model or (hub_base(model) if is_adapter else None)
-    with merged(model) if merge else nullcontext(model) as folder:
+    with tempfile.TemporaryDirectory(dir=model, prefix=".merged-") if merge else nullcontext(model) as name:
+        folder = Path(name)
+        if merge:
+            with Console(stderr=True).status("Merging the adapters"):
+                merge_adapters(model, folder)
         plan = plan_push(folder, repo, base_model=base_model, name=model.absolute().name)
         print_plan(plan)
         if dry_run:

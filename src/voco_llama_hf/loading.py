@@ -77,6 +77,8 @@ def find_base(name: str, revision: str = "main") -> Base | None:
             f"the adapters {name} were trained on {base}, which is not here: write the folder or the Hub id of that "
             f"model as base_model_name_or_path into their {ADAPTER_CONFIG_NAME}"
         )
+    if is_adapter_folder(base):
+        raise ValueError(f"the adapters {name} were trained on {base}, which are adapters too: merge those first")
     return Base(base, base_revision)
 
 

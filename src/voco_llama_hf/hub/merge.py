@@ -1,9 +1,6 @@
 """Adapters and their base model as one model on disk."""
 
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -16,30 +13,26 @@ from ..loading import load_model, load_processor
 KEPT = ("results.json", "LICENSE*", "*.png", "*.jpg")
 
 
-@contextmanager
-def merged(adapters: Path) -> Iterator[Path]:
+def merge_adapters(adapters: Path, folder: Path) -> None:
     """
-    A folder, for a time, of the whole model that adapters and their base model make; the card of the adapters becomes
-    that of the model.
+    Writes the whole model that adapters and their base model make, with its processor. The card of the adapters, and
+    what it shows, becomes that of the model.
 
     Args:
-        adapters (`Path`): Folder of the adapters, in which there is room for the model.
+        adapters (`Path`): Folder of the adapters.
+        folder (`Path`): Where to write.
 
     Raises:
         ValueError: if adapters or base model cannot be loaded.
     """
-    model = load_model(str(adapters), merge=True, dtype="auto")
-    with tempfile.TemporaryDirectory(dir=adapters, prefix=".merged-") as name:
-        folder = Path(name)
-        model.save_pretrained(folder)
-        load_processor(str(adapters)).save_pretrained(folder)
-        for path in (path for pattern in KEPT for path in adapters.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
-        if (adapters / REPOCARD_NAME).is_file():
-            card = ModelCard.load(adapters / REPOCARD_NAME)
-            card.data.library_name, card.data["base_model_relation"] = "transformers", "finetune"
-            card.save(folder / REPOCARD_NAME)
-        yield folder
+    load_model(str(adapters), merge=True, dtype="auto").save_pretrained(folder)
+    load_processor(str(adapters)).save_pretrained(folder)
+    for path in (path for pattern in KEPT for path in adapters.glob(pattern)):
+        shutil.copyfile(path, folder / path.name)
+    if (adapters / REPOCARD_NAME).is_file():
+        card = ModelCard.load(adapters / REPOCARD_NAME)
+        card.data.library_name, card.data["base_model_relation"] = "transformers", "finetune"
+        card.save(folder / REPOCARD_NAME)
 
 
-__all__ = ["merged"]
+__all__ = ["merge_adapters"]
