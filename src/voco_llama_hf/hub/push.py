@@ -13,6 +13,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
+from ..files import check_inside
 from ..loading import ADAPTER_CONFIG_NAME, is_adapter_folder
 from .card import CODE_FILE, PICTURE, folder_card, hub_base
 
@@ -91,11 +92,15 @@ def plan_push(folder: Path, repo_id: str, **card_options: Any) -> PushPlan:
         card_options: Arguments of [`make_card`]; `base_model` is where others find the base model of adapters.
 
     Raises:
-        ValueError: if weights or configuration are missing, or the base model of adapters is not on the Hub.
+        ValueError: if weights or configuration are missing, the base model of adapters is not on the Hub, or a file is a
+            link that leads out of the folder.
     """
     is_adapter = is_adapter_folder(folder)
     present = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     chosen = [path for path in present if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)]
+    onnx = list(find_files(folder / ONNX_FOLDER))
+    for path in (*chosen, *onnx):
+        check_inside(folder, path)
     names = {path.name for path in chosen}
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} has no weights in safetensors files")
@@ -110,11 +115,10 @@ def plan_push(folder: Path, repo_id: str, **card_options: Any) -> PushPlan:
         files += [PushedFile(path.name, path) for path in code_files()]
     if PICTURE.name not in names:
         files.append(PushedFile(PICTURE.name, PICTURE))
-    onnx = folder / ONNX_FOLDER
-    files += [PushedFile(path.relative_to(folder).as_posix(), path) for path in find_files(onnx)]
+    files += [PushedFile(path.relative_to(folder).as_posix(), path) for path in onnx]
     card = folder_card(folder, repo_id, **{"ships_code": True, **card_options})
     files.append(PushedFile(REPOCARD_NAME, str(card).encode()))
-    left_out = [path.name for path in present if path not in chosen and path != onnx]
+    left_out = [path.name for path in present if path not in chosen and path.name != ONNX_FOLDER]
     return PushPlan(sorted(files, key=lambda file: file.path), left_out)
 
 
