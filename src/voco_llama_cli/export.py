@@ -99,7 +99,7 @@ def onnx(
             status.update(f"Downloading {name}")
             name = download(name, cache_dir)
         status.stop()
-        network, processor = load_model(name, device, None)
+        network, processor = load_model(name, device, None, merge=True)
         status.start()
         report = export_onnx(
             network,
