@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import transformers
 import trl
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
 from ..hub import eval_result, make_card
@@ -18,17 +21,23 @@ from ..hub.card import save_card
 from .distillation import bare
 
 
+DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
 EVALUATED = {"eval_loss": ("loss", 1), "eval_mean_token_accuracy": ("token_accuracy", 100)}
 
 
-def write_training_card(trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]) -> Path:
+def write_training_card(
+    trainer: Any,
+    model_name: str | None,
+    dataset_name: str | None,
+    tags: list[str],
+    eval_dataset_name: str | None,
+    eval_split: str,
+) -> Path:
     """Writes the card of what [`VoCoSFTTrainer`] trains to its output folder, or refreshes the one that is there."""
     args, config = trainer.args, bare(trainer.model).config
     folder = Path(args.output_dir)
     path = folder / REPOCARD_NAME
     origin = config._name_or_path
-    datasets = [dataset_name] if dataset_name is not None else []
-    label = Path(dataset_name).name if dataset_name is not None and os.path.exists(dataset_name) else dataset_name
     card = make_card(
         config,
         trainer.processing_class,
@@ -37,27 +46,39 @@ def write_training_card(trainer: Any, model_name: str | None, dataset_name: str 
         name=model_name or folder.absolute().name,
         base_model=None if not origin or os.path.isdir(origin) else origin,
         base_model_relation="adapter" if isinstance(trainer.model, PeftModel) else "finetune",
-        # Those of the Hub, which a path of this machine is not
-        datasets=[name for name in datasets if "/" in name and not os.path.exists(name)],
+        datasets=[dataset_name] if dataset_name is not None and is_on_hub(dataset_name) else [],
         tags=tags,
-        eval_results=training_results(trainer, label),
+        eval_results=training_results(trainer, eval_dataset_name, eval_split),
         training=training_text(trainer),
     )
     folder.mkdir(parents=True, exist_ok=True)
     return save_card(card, folder)
 
 
-def training_results(trainer: Any, dataset_name: str | None) -> list[EvalResult]:
-    """Figures of the last evaluation on the data that are named."""
+def is_on_hub(name: str) -> bool:
+    """Whether a name of data can be one of the Hub, and not a path, even one that is of another machine or gone."""
+    if os.path.exists(name) or name.count("/") != 1 or Path(name).suffix in DATA_SUFFIXES:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def training_results(trainer: Any, dataset_name: str | None, split: str) -> list[EvalResult]:
+    """Figures of the last evaluation on the data that are named; one that came to no number is none."""
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
     if dataset_name is None or not evaluated:
         return []
+    # A path says more of this machine than of the data
+    label = dataset_name if is_on_hub(dataset_name) else Path(dataset_name).name
     # An evaluation reads with the first choice
     return [
-        eval_result(dataset_name, metric, scale * evaluated[-1][key], choices[0] or None, split="eval")
+        eval_result(label, metric, scale * evaluated[-1][key], choices[0] or None, split=split)
         for key, (metric, scale) in EVALUATED.items()
-        if key in evaluated[-1]
+        if math.isfinite(evaluated[-1].get(key, math.nan))
     ]
 
 
