@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 logger = logging.getLogger(__name__)
@@ -19,10 +20,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
     """The last whole checkpoint that a trainer has left in `folder`, if there is one; says which ones are skipped."""
     if not Path(folder).is_dir():
         return None
-    for checkpoint in reversed(sort_checkpoints(str(folder))):
-        problem = find_problem(Path(checkpoint))
+    names = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(folder).iterdir()]
+    for name in sorted(filter(None, names), key=lambda name: int(name[1]), reverse=True):
+        checkpoint = Path(folder) / name[0]
+        problem = find_problem(checkpoint)
         if problem is None:
-            return checkpoint
+            return str(checkpoint)
         logger.warning(f"{checkpoint} is skipped, it is not whole: {problem}")
     return None
 
