@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -100,6 +101,11 @@ def test_rows_become_messages_and_images(tmp_path, images, suffix):
     ]
     assert [[shown.size for shown in row["images"]] for row in rows] == [[(40, 30)] * n for n in (1, 1, 0, 2)]
     assert all(isinstance(shown, Image.Image) for row in rows for shown in row["images"])
+
+
+def test_a_turn_without_words_is_one_of_an_empty_text(tmp_path, images):
+    (row,) = load_llava_data(write(tmp_path / "data.json", [{"conversations": turns("Hello", "")}]), images)
+    assert row["messages"][1]["content"] == [{"type": "text", "text": ""}]
 
 
 def test_videos_become_frames(tmp_path, images):
@@ -224,7 +230,11 @@ def test_no_damaged_row_of_one_part_is_replaced_from_the_other(tmp_path, images)
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
@@ -234,7 +244,9 @@ any_turn = json_values | st.fixed_dictionaries(
 )
 any_row = json_values | st.fixed_dictionaries(
     {"conversations": st.lists(any_turn, max_size=4) | json_values},
-    optional={name: texts | st.lists(texts, max_size=2) | json_values for name in ("image", "images", "video", "videos")},
+    optional={
+        name: texts | st.lists(texts, max_size=2) | json_values for name in ("image", "images", "video", "videos")
+    },
 )
 
 
@@ -320,7 +332,7 @@ def test_epochs_draw_every_row_in_another_order_and_a_resume_reads_no_row_twice(
     whole, rest = [], []
     options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3}
     train(tmp_path, data, whole, save_strategy="steps", save_steps=5, **options).train()
-    orders = [sum(whole[:4], []), sum(whole[4:], [])]
+    orders = [list(chain(*batches)) for batches in (whole[:4], whole[4:])]
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert orders[0] != orders[1] and list(range(12)) not in orders
     train(tmp_path, data, rest, **options).train(str(tmp_path / "out" / "checkpoint-5"))
@@ -333,7 +345,7 @@ def test_many_workers_read_every_row_once(tmp_path, images):
     loader = trainer.get_train_dataloader()
     assert loader.num_workers == 3
     trainer.data_collator.torch_call = lambda examples: [row["images"][0].size[0] - 20 for row in examples]
-    assert sorted(sum(loader, [])) == list(range(12))
+    assert sorted(chain(*loader)) == list(range(12))
 
 
 def test_images_and_videos_train(tmp_path, images):

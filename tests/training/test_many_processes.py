@@ -55,6 +55,15 @@ KINDS = {
 }
 
 
+def test_two_processes_resume_in_a_later_epoch_with_the_rows_that_are_left(tmp_path):
+    # 4 steps an epoch
+    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "launcher": TWO_PROCESSES}
+    whole = run("sft_run.py", tmp_path / "whole", 2, **saves)
+    (tmp_path / "whole" / "checkpoint-6").rename(tmp_path / "checkpoint-6")
+    rest = run("sft_run.py", tmp_path, 2, {"resume": True}, **saves)
+    check_same(rest, whole)
+
+
 def sharded_cases(batch_size):
     shared = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": batch_size, "evaluates": True}
     return {

@@ -48,8 +48,8 @@ def load_llava_data(
     cache_dir: str | Path | None = None,
 ) -> Dataset | DatasetDict:
     """
-    Turns a file in LLaVA's format into a memory-mapped table, once: it is found again as long as the file is unchanged.
-    The table holds paths; images and videos are read when a row is.
+    Turns a file in LLaVA's format into a memory-mapped table, once: it is found again while the file is unchanged. The
+    table holds paths; images and videos are read when a row is.
 
     A row has `conversations`, a list of `{"from": "human" | "gpt", "value": text}`, and where its text says `<image>`
     or `<video>`, as many `image` and `video` paths (one string, or a list). Rows that do not fit, or whose files are
@@ -126,7 +126,8 @@ class Report:
             logger.warning(f"{self.name}, row {number} is left out: {problem} ({len(self.bad_rows)} so far)")
         if len(self.bad_rows) > self.max_bad_rows:
             raise ValueError(
-                f"more than {self.max_bad_rows} rows of {self.name} cannot be read, the last is row {number}: {problem}"
+                f"more than {self.max_bad_rows} rows of {self.name} cannot be read, the last is row {number}: "
+                f"{problem}"
             )
 
 

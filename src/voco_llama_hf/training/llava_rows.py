@@ -32,7 +32,8 @@ def read_rows(path: Path) -> Iterator[Any]:
         rows = map(json.loads, filter(bytes.strip, file)) if lines else ijson.items(file, "item", use_float=True)
         number = 0
         try:
-            for number, row in enumerate(rows, start=1):
+            for row in rows:
+                number += 1
                 yield row
         # Also what is no text at all, and numbers and nesting without end
         except (ijson.JSONError, RecursionError, ValueError) as error:
@@ -83,7 +84,7 @@ def open_row(
         ValueError: if a file is damaged.
         OSError: if a file cannot be read.
     """
-    messages = [{"role": turn["role"], "content": _cut(turn["text"])} for turn in turns]
+    messages: list[dict[str, Any]] = [{"role": turn["role"], "content": _cut(turn["text"])} for turn in turns]
     shown = [part for message in messages for part in message["content"] if part["type"] == "video"]
     for part, path in zip(shown, paths["video"], strict=True):
         part["video"] = list(read_frames(folder / path, num_frames))
@@ -120,7 +121,11 @@ def _cut(text: str) -> list[dict[str, Any]]:
     """A text, cut into parts of text, images and videos."""
     pieces = re.split(f"({'|'.join(KINDS)})", text)
     texts = [piece.strip() if len(pieces) > 1 else piece for piece in pieces]
-    return [{"type": KINDS[text]} if text in KINDS else {"type": "text", "text": text} for text in texts if text]
+    parts: list[dict[str, Any]] = [
+        {"type": KINDS[text]} if text in KINDS else {"type": "text", "text": text} for text in texts if text
+    ]
+    # Chat templates look at the first one
+    return parts or [{"type": "text", "text": ""}]
 
 
 __all__ = ["check_row", "find_missing", "open_row", "read_rows"]

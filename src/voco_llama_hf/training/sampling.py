@@ -66,8 +66,8 @@ class ModalityLengthSampler(Sampler[int]):
 
 class EpochCallback(TrainerCallback):
     """
-    Tells the sampler its epoch: transformers tells the loader that skips what was trained before a resume, whose way to
-    the sampler ends early where there are several processes.
+    Tells the sampler its epoch: transformers tells the loader that skips what was trained before a resume, whose way
+    to the sampler ends early where there are several processes.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):

@@ -24,8 +24,8 @@ class VoCoSFTConfig(SFTConfig):
             long sequences with all vision tokens: less work for rows of several images or of many frames. Not with
             gradient checkpointing.
         group_by_modality_length (`bool`, *optional*, defaults to `False`):
-            Whether the rows of a step are of one modality and about one length, as in LLaVA's own recipe: less padding,
-            and no step waits for a lone image. The data set has columns `length` and `modality`, as that of
+            Whether the rows of a step are of one modality and about one length, as in LLaVA's own recipe: less
+            padding, and no step waits for a lone image. The data set has columns `length` and `modality`, as that of
             [`load_llava_data`].
         freeze (`list[str]`, *optional*, defaults to `["vision_tower"]`):
             Names of the modules that are not trained, as they stand in the names of the parameters.

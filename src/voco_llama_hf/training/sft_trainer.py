@@ -144,9 +144,9 @@ class VoCoSFTTrainer(SFTTrainer):
 
     def end(self) -> None:
         """See [`~transformers.Trainer.end`]."""
-        # What DistributedDataParallel holds of the process group, it would let go of with Python's lock held, for which
-        # a thread of the group may wait while it is waited for
-        self.model_wrapped = self.model
+        # DistributedDataParallel must not be the last to hold the process group: it lets go of it under Python's lock,
+        # for which a thread may wait that the group waits for
+        self.model_wrapped = self.model  # type: ignore[assignment]
         self.accelerator.free_memory()
         super().end()
 
