@@ -1,10 +1,16 @@
 """VoCo-LLaMA model configuration."""
 
+from .compat_voco_llama import VERSION  # noqa: F401
+
+
+# isort: split
 from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
+
+from .pipeline_voco_llama import register_pipeline
 
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -66,6 +72,7 @@ class VoCoLlamaConfig(LlavaConfig):
             "AutoConfig": "configuration_voco_llama.VoCoLlamaConfig",
             "AutoModel": "modeling_voco_llama.VoCoLlamaModel",
             "AutoModelForImageTextToText": "modeling_voco_llama.VoCoLlamaForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_voco_llama.VoCoLlamaForConditionalGeneration",
             "AutoProcessor": "processing_voco_llama.VoCoLlamaProcessor",
         }
 
@@ -136,5 +143,6 @@ def check_text_config(text_config: PreTrainedConfig) -> None:
 
 
 VoCoLlamaConfig.register_for_auto_class()
+register_pipeline()
 
 __all__ = ["VoCoLlamaConfig"]
