@@ -1,5 +1,8 @@
 """The card that the trainer writes at the end."""
 
+import math
+
+import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from training.sft_helpers import losses, make_trainer, processor_and_model
@@ -28,6 +31,28 @@ def test_the_card_has_the_figures_of_the_run(tmp_path):
     figures = {figure.metric_type: figure for figure in card.data.eval_results}
     assert figures["loss"].metric_value == round(losses(trainer, "eval_loss")[-1], 4)
     assert figures["loss"].metric_args == {"num_voco_tokens": 2}
+
+
+def test_what_came_to_no_number_is_no_figure(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.state.log_history = [{"eval_loss": math.nan, "eval_mean_token_accuracy": 0.5}]
+    trainer.create_model_card(dataset_name="org/noise", eval_split="test")
+    (figure,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (figure.metric_type, figure.metric_value, figure.dataset_split) == ("token_accuracy", 50.0, "test")
+    assert ".nan" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["/nowhere/mix.json", "data/mix.json", "data/rows.parquet", "./mix", "~/mix", "../data/mix", "a/b/c"]
+)
+def test_no_path_is_a_data_set_of_the_hub(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(tmp_path)
+    trainer.state.log_history = [{"eval_loss": 1.0}]
+    trainer.create_model_card(dataset_name=name)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets is None
+    assert card.data.eval_results[0].dataset_type == name.rsplit("/", 1)[-1]
 
 
 def test_adapters_are_called_so(tmp_path):

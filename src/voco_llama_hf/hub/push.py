@@ -92,8 +92,8 @@ def plan_push(folder: Path, repo_id: str, **card_options: Any) -> PushPlan:
         card_options: Arguments of [`make_card`]; `base_model` is where others find the base model of adapters.
 
     Raises:
-        ValueError: if weights or configuration are missing, the base model of adapters is not on the Hub, or a file is a
-            link that leads out of the folder.
+        ValueError: if weights or configuration are missing, the base model of adapters is not on the Hub, or a file is
+            a link that leads out of the folder.
     """
     is_adapter = is_adapter_folder(folder)
     present = sorted(path for path in folder.iterdir() if not path.name.startswith("."))

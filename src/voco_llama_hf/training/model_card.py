@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,18 +22,24 @@ from ..loading import is_hub_id
 from .distillation import bare
 
 
+DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
 EVALUATED = {"eval_loss": ("loss", 1), "eval_mean_token_accuracy": ("token_accuracy", 100)}
 
 
-def write_training_card(trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]) -> Path:
+def write_training_card(
+    trainer: Any,
+    model_name: str | None,
+    dataset_name: str | None,
+    tags: list[str],
+    eval_dataset_name: str | None,
+    eval_split: str,
+) -> Path:
     """Writes the card of what [`VoCoSFTTrainer`] trains to its output folder, or refreshes the one that is there."""
     args, config = trainer.args, bare(trainer.model).config
     folder = Path(args.output_dir)
     path = folder / REPOCARD_NAME
     is_adapter = isinstance(trainer.model, PeftModel)
     origin = config._name_or_path
-    datasets = [dataset_name] if dataset_name is not None else []
-    label = Path(dataset_name).name if dataset_name is not None and os.path.exists(dataset_name) else dataset_name
     card = make_card(
         config,
         trainer.processing_class,
@@ -43,14 +50,19 @@ def write_training_card(trainer: Any, model_name: str | None, dataset_name: str 
         base_model_relation="finetune" if not is_adapter else None,
         is_adapter=is_adapter,
         ships_code=not is_adapter,
-        # Those of the Hub, which a path of this machine is not
-        datasets=[name for name in datasets if "/" in name and not os.path.exists(name)],
+        datasets=[dataset_name] if dataset_name is not None and is_on_hub(dataset_name) else [],
         tags=tags,
-        eval_results=training_results(trainer, label),
+        eval_results=training_results(trainer, eval_dataset_name, eval_split),
         training=training_text(trainer),
     )
     folder.mkdir(parents=True, exist_ok=True)
     return save_card(card, folder)
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name of data can be one of the Hub, and not a path, even one that is of another machine or gone."""
+    is_path = os.path.exists(name) or name.count("/") != 1 or Path(name).suffix in DATA_SUFFIXES
+    return not is_path and is_hub_id(name)
 
 
 @contextmanager
@@ -65,17 +77,19 @@ def without_automatic_card(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def training_results(trainer: Any, dataset_name: str | None) -> list[EvalResult]:
-    """Figures of the last evaluation on the data that are named."""
+def training_results(trainer: Any, dataset_name: str | None, split: str) -> list[EvalResult]:
+    """Figures of the last evaluation on the data that are named; one that came to no number is none."""
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
     if dataset_name is None or not evaluated:
         return []
+    # A path says more of this machine than of the data
+    label = dataset_name if is_on_hub(dataset_name) else Path(dataset_name).name
     # An evaluation reads with the first choice
     return [
-        eval_result(dataset_name, metric, scale * evaluated[-1][key], choices[0] or None, split="eval")
+        eval_result(label, metric, scale * evaluated[-1][key], choices[0] or None, split=split)
         for key, (metric, scale) in EVALUATED.items()
-        if key in evaluated[-1]
+        if math.isfinite(evaluated[-1].get(key, math.nan))
     ]
 
 
