@@ -61,7 +61,9 @@ def find_version(name: str) -> str:
     known = known_versions()
     version = {"oldest": known[0], "newest": known[-1]}.get(name, name)
     if version != "main" and not re.fullmatch(r"\d+\.\d+", version):
-        raise argparse.ArgumentTypeError(f"{name!r}: a version such as {known[0]}, oldest, newest or main was expected")
+        raise argparse.ArgumentTypeError(
+            f"{name!r}: a version such as {known[0]}, oldest, newest or main was expected"
+        )
     return version
 
 
@@ -126,9 +128,8 @@ def main() -> None:
     finally:
         print("\ntransformers   passed  failed  skipped  seconds")
         for outcome in outcomes:
-            print(
-                f"{outcome.version:<14} {outcome.passed:6}  {outcome.failed:6}  {outcome.skipped:7}  {outcome.seconds:7.0f}"
-            )
+            numbers = f"{outcome.passed:6}  {outcome.failed:6}  {outcome.skipped:7}  {outcome.seconds:7.0f}"
+            print(f"{outcome.version:<14} {numbers}", flush=True)
     sys.exit(any(outcome.failed for outcome in outcomes))
 
 
