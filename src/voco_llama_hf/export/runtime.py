@@ -16,6 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, cached_files
 
+from ..files import check_inside, new_folder
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from ..modeling.cache_voco_llama import check_fingerprint
 from ..modeling.configuration_voco_llama import key_value_shape
@@ -23,7 +24,7 @@ from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
 from ..modeling.layout_voco_llama import per_image_counts, resolve_num_voco_tokens
 from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE
 from ..modeling.rotation_voco_llama import rotate_keys
-from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, data_file, new_folder
+from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, data_file
 from .prefill import KeyValues, prefill
 from .session import TorchSession, check_provider
 
@@ -174,6 +175,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         with new_folder(target) as aside:
             for path in source.iterdir():
                 if path.is_file():
+                    check_inside(source, path)
                     shutil.copyfile(path, aside / path.name)
             self.config.save_pretrained(aside)
             self.generation_config.save_pretrained(aside)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files_voco_llama import apply_umask, written_aside
 from .layout_voco_llama import per_image_counts
 
 
@@ -210,6 +210,7 @@ class VoCoCache:
             path (`str` or `os.PathLike`): File to write, or to replace.
 
         Raises:
+            FileExistsError: if there is a link, a device, a pipe or a folder under that name.
             OSError: if it cannot be written.
         """
         path = Path(path)
@@ -223,15 +224,9 @@ class VoCoCache:
             "fingerprint": json.dumps(self.fingerprint),
             "sha256": digest(tensors["keys"], tensors["values"]),
         }
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
+        with written_aside(path) as aside:
             save_file(tensors, aside, metadata=metadata)
             apply_umask(aside)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VoCoCache":
@@ -282,13 +277,6 @@ def check_fingerprint(
     if names:
         differences = ", ".join(f"{name} is {made_by.get(name)}, not {expected.get(name)}" for name in names)
         raise ValueError(f"{what} was made by another model than {owner}: {differences}")
-
-
-def apply_umask(path: str | os.PathLike) -> None:
-    """Gives a file that was written for its owner alone the permissions of any new file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
 
 
 def digest(*tensors: torch.Tensor) -> str:

@@ -48,12 +48,28 @@ class Indexed:
 
 
 def find_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Images and videos in a folder and the folders in it, by their suffix, in order."""
+    """Images and videos in a folder and in those in it, by their suffix, and folders that cannot be read; in order."""
     from PIL import Image
 
     suffixes = Image.registered_extensions().keys() - {".pdf"}
-    files = (Path(root, name) for root, _, names in os.walk(os.fspath(folder)) for name in names)
-    return sorted(str(path.absolute()) for path in files if path.suffix.lower() in suffixes or is_video(path))
+    closed: list[str] = []
+    walk = os.walk(os.fspath(folder), onerror=lambda error: closed.append(os.path.abspath(error.filename)))
+    files = (Path(root, name) for root, _, names in walk for name in names)
+    found = [str(path.absolute()) for path in files if path.suffix.lower() in suffixes or is_video(path)]
+    return sorted(found + closed)
+
+
+def decode(path: str, sampling: Sampling) -> Iterator[Any]:
+    """
+    Frames of a video.
+
+    Raises:
+        ValueError: whatever its decoder stumbles over.
+    """
+    try:
+        yield from read_frames(path, sampling.num_frames, sampling.fps)
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 @dataclass
@@ -74,8 +90,8 @@ class FileReader(Dataset):
                 return path, Content.of_file(path, str(self.sampling)), None, None
             content = Content.of_file(path)
             return path, content, self.image_processor(open_image(path), return_tensors="pt")["pixel_values"][0], None
-        except (OSError, ValueError) as error:
-            return path, None, None, str(error)
+        except Exception as error:  # whatever is wrong with a file is wrong with this one alone
+            return path, None, None, str(error) or type(error).__name__
 
 
 @dataclass
@@ -181,7 +197,7 @@ class Indexer:
 
     def _compress_video(self, content: Content) -> Indexed:
         try:
-            frames = read_frames(content.source, self.sampling.num_frames, self.sampling.fps)
+            frames = decode(content.source, self.sampling)
             pixels = (
                 batch.to(self.model.dtype) for batch in self.processor.iter_pixel_values(frames, self.batch_size)
             )
@@ -206,7 +222,6 @@ class Indexer:
         """Into the index what only the other processes know, once all are done."""
         gathered: Iterable = self.processes.gather((self._repeated, self._failures))
         if self.store is not None:
-            self.store.adopt()
             for repeated, failures in gathered:
                 self.store.record(repeated)
                 self.store.record_failures(failures)
