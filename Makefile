@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-slow quality style docs dist train-tiny clean
+.PHONY: demo test test-matrix test-slow quality style docs dist check-dist train-tiny clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -37,6 +37,10 @@ docs: $(VENV)/.installed-dev
 
 dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build --outdir dist
+
+# What is in dist, in an environment of its own: what a release must pass
+check-dist: dist
+	DIST="$(CURDIR)/dist" TORCH="$(TORCH)" $(BIN)/python -m pytest -m "slow or not slow" tests/distribution/test_distribution.py
 
 train-tiny: $(VENV)/.installed-dev
 	$(BIN)/python -m voco_llama_hf.scenes.tiny

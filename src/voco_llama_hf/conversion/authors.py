@@ -53,7 +53,7 @@ CHAT_TEMPLATE = """\
 def read_authors_checkpoint(source: Path, config: dict[str, Any], vision_tower: str | Path | None) -> Checkpoint:
     """Reads the configuration and maps the weights. They hold the vision tower only if it was trained."""
     activation = choose(config, "mm_projector_type", {"mlp2x_gelu": "gelu"})
-    select_strategy = choose(config, "mm_vision_select_feature", {"patch": "default", "cls_patch": "full"}, "patch")
+    select_cls = choose(config, "mm_vision_select_feature", {"patch": False, "cls_patch": True}, "patch")
     pad_to_square = choose(config, "image_aspect_ratio", {None: False, "square": False, "pad": True})
     choose(config, "mm_use_im_start_end", {False: False}, False)
     feature_layer = config.get("mm_vision_select_layer")
@@ -78,10 +78,10 @@ def read_authors_checkpoint(source: Path, config: dict[str, Any], vision_tower: 
         vision_config=vision_config,
         llava_arguments={
             "vision_feature_layer": feature_layer,
-            "vision_feature_select_strategy": select_strategy,
+            "vision_feature_select_strategy": "full" if select_cls else "default",
             "projector_hidden_act": activation,
             "multimodal_projector_bias": True,
-            "image_seq_length": (sizes["image_size"] // sizes["patch_size"]) ** 2 + (select_strategy == "full"),
+            "image_seq_length": (sizes["image_size"] // sizes["patch_size"]) ** 2 + select_cls,
             "tie_word_embeddings": text_config.tie_word_embeddings,
         },
         state_dict=state_dict,

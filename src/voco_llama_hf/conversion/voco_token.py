@@ -14,7 +14,7 @@ LLAMA_NEWLINE_ID = 13
 
 def place_voco_token(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, str]:
     """
-    Finds the `<voco>` that a checkpoint was trained with, or gives it one. Weights, vocabulary and tokenizer are changed
+    Finds the `<voco>` that a checkpoint was trained with, or gives it one: weights, vocabulary and tokenizer change
     in place.
 
     Returns:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
@@ -23,6 +23,11 @@ from .cache_voco_llama import VoCoCache
 from .images_voco_llama import load_images, warn_if_scaled
 from .layout_voco_llama import per_image_counts
 from .video_voco_llama import load_videos
+
+
+if TYPE_CHECKING:
+    # A transformers that is too old to load this copies only what is named here, and says which version is needed
+    from .files_voco_llama import written_aside  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
