@@ -30,7 +30,6 @@ MAIN_BRANCH = "transformers @ git+https://github.com/huggingface/transformers"
 # What a checkpoint on the Hub ships, the remote code, conversion, and the commands that need no extra
 TESTS = (
     "tests/modeling",
-    "tests/images",
     "tests/conversion",
     *(
         f"tests/cli/test_{name}.py"

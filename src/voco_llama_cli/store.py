@@ -42,7 +42,9 @@ def info(
         typer.echo(f"videos: {len(videos)}, {plural(sum(entry.num_images for entry in videos), 'frame')}")
         counts = Counter(entry.num_voco_tokens for entry in entries)
         typer.echo("VoCo tokens: " + (", ".join(f"k={k} {number}" for k, number in sorted(counts.items())) or "none"))
-        made_by = ", ".join(f"{name} {value}" for name, value in opened.fingerprint.items())
+        # Settings are pages of JSON
+        told = {name: value for name, value in opened.fingerprint.items() if not value.startswith("{")}
+        made_by = ", ".join(f"{name} {value}" for name, value in told.items())
         typer.echo(f"model: {printable(made_by)}")
         for source, error in opened.failures().items():
             typer.echo(f"failed: {printable(source)}: {printable(error)}")

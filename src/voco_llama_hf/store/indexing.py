@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..images import open_image
 from ..modeling import VoCoCache, VoCoLlamaProcessor
+from ..modeling.fingerprint_voco_llama import Fingerprint, with_images
 from ..videos import is_video, read_frames
 from .content import Content
 from .processes import Processes
@@ -138,8 +139,12 @@ class Indexer:
         self._repeated: list[Content] = []
         self._failures: dict[str, str] = {}
         # The index has one writer, which takes in the shards of all others
-        self.store = VoCoStore(self.path, self.model.fingerprint(), self.eight_bit) if self.processes.is_main else None
+        fingerprint = self._note_images(self.model.fingerprint())
+        self.store = VoCoStore(self.path, fingerprint, self.eight_bit) if self.processes.is_main else None
         self._eight_bit: bool = self.processes.broadcast(None if self.store is None else self.store.eight_bit)
+
+    def _note_images(self, fingerprint: dict[str, str]) -> Fingerprint:
+        return with_images(fingerprint, self.processor.image_processor)
 
     def select(self, files: Sequence[str]) -> list[str]:
         """This process's share of the files that are new or have changed."""
@@ -191,6 +196,7 @@ class Indexer:
         contents, pixels = zip(*self._images)
         self._images = []
         caches = self.model.compress(torch.stack(pixels).to(self.model.dtype), self.num_voco_tokens, self.batch_size)
+        caches.fingerprint = self._note_images(caches.fingerprint)
         for content, cache in zip(contents, caches):
             self._entries.append((content, cache.to("cpu")))
             yield Indexed(content.source, 1, self.num_voco_tokens)
@@ -205,6 +211,7 @@ class Indexer:
         except (OSError, ValueError) as error:
             return self._fail(content.source, str(error))
         self._known.add((content.content_hash, content.sampling))
+        cache.fingerprint = self._note_images(cache.fingerprint)
         self._entries.append((content, cache))
         return Indexed(content.source, len(cache), sum(cache.token_counts))
 

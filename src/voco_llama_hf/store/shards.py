@@ -13,8 +13,9 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save_file
 
-from ..modeling.cache_voco_llama import VoCoCache, check_fingerprint, digest
+from ..modeling.cache_voco_llama import VoCoCache, check_cache, digest
 from ..modeling.files_voco_llama import apply_umask, written_aside
+from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 from .errors import DamagedError
 from .tensor_file import TensorFile
@@ -236,7 +237,9 @@ class Shard:
                 values = dequantize(values, tensors["value_scales"], self.dtype)
             elif keys.dtype != self.dtype:
                 raise ValueError(f"its keys are {keys.dtype}, not {self.dtype}")
-            return VoCoCache(keys, values, [num_voco_tokens] * num_images, self.fingerprint)
+            cache = VoCoCache(keys, values, [num_voco_tokens] * num_images, self.fingerprint)
+            check_cache(cache, what="an entry")
+            return cache
 
 
 def _check_layout(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ..files import inside, remove_abandoned
-from ..modeling.cache_voco_llama import VoCoCache, check_fingerprint
+from ..modeling.cache_voco_llama import VoCoCache
+from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 from .errors import DamagedError
 from .index import DamagedRow, Index, Row
