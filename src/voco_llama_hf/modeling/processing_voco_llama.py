@@ -27,7 +27,11 @@ from .video_voco_llama import load_videos
 
 if TYPE_CHECKING:
     # A transformers that is too old to load this copies only what is named here, and says which version is needed
+    from .configuration_voco_llama import VoCoLlamaConfig  # noqa: F401
     from .files_voco_llama import written_aside  # noqa: F401
+    from .fingerprint_voco_llama import Fingerprint  # noqa: F401
+    from .pipeline_voco_llama import register_pipeline  # noqa: F401
+    from .weights_voco_llama import EffectiveWeights  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
