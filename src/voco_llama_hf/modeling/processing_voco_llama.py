@@ -7,7 +7,7 @@ from .compat_voco_llama import VERSION  # noqa: F401
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
@@ -22,6 +22,14 @@ from .layout_voco_llama import per_image_counts
 from .options_voco_llama import ProcessorOptions, VoCoLlamaProcessorKwargs
 from .video_voco_llama import load_videos
 
+
+if TYPE_CHECKING:
+    # A transformers that is too old to load this copies only what is named here, and says which version is needed
+    from .configuration_voco_llama import VoCoLlamaConfig  # noqa: F401
+    from .files_voco_llama import written_aside  # noqa: F401
+    from .fingerprint_voco_llama import Fingerprint  # noqa: F401
+    from .pipeline_voco_llama import register_pipeline  # noqa: F401
+    from .weights_voco_llama import EffectiveWeights  # noqa: F401
 
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping")
 # transformers marks so what a user wrote, with apply_chat_template(sanitize_control_tokens=True)
