@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow quality style docs dist train-tiny clean
+.PHONY: demo test test-slow quality style docs dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -34,8 +34,13 @@ docs: $(VENV)/.installed-dev
 dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build --outdir dist
 
+# The embedded checkpoint, from random weights; interrupted, it goes on where it was
 train-tiny: $(VENV)/.installed-dev
-	$(BIN)/python -m voco_llama_hf.scenes.tiny
+	$(BIN)/python -m voco_llama_hf.scenes.tiny --output-dir src/voco_llama_hf/checkpoints/voco-scenes-tiny
+
+# The same with 576 vision tokens, from the embedded checkpoint
+train-576: $(VENV)/.installed-dev
+	$(BIN)/python -m voco_llama_hf.scenes.tiny --recipe scenes-576
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -158,15 +158,12 @@ def evaluate_model(
     network, processor = load_model(find_model(model), device, dtype)
     import datasets
 
-    from voco_llama_hf.scenes.evaluation import evaluate_scenes, plot_results, print_results
-    from voco_llama_hf.scenes.video_evaluation import evaluate_videos, plot_video_results, print_video_results
+    from voco_llama_hf.scenes import evaluate_scenes, evaluate_videos
+    from voco_llama_hf.scenes.scoring import Results
 
     datasets.disable_progress_bars()
     console = wide_console()
-    ask: Any = evaluate_scenes if suite is Suite.scenes else evaluate_videos
-    show: Any = print_results if suite is Suite.scenes else print_video_results
-    draw: Any = plot_results if suite is Suite.scenes else plot_video_results
-    results = ask(
+    results: Results = (evaluate_scenes if suite is Suite.scenes else evaluate_videos)(
         network,
         processor,
         split,
@@ -175,11 +172,11 @@ def evaluate_model(
         limit=limit,
         progress=console.is_terminal,
     )
-    show(results, console)
+    results.print(console)
     if output is not None:
         results.save(output)
     if plot is not None:
-        draw(results, plot)
+        results.plot(plot)
 
 
 def compare_compressors(

@@ -9,8 +9,8 @@ from voco_llama_cli import app
 from voco_llama_cli.train import TRAINING
 from voco_llama_cli.train_script import make_parser
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
-from voco_llama_hf.scenes.still import make_scenes
-from voco_llama_hf.scenes.tiny import Recipe, build_model, build_processor
+from voco_llama_hf.scenes.building import build_model, build_processor
+from voco_llama_hf.scenes.recipe import Recipe
 
 
 disable_progress_bars()
@@ -21,8 +21,9 @@ RECIPES = sorted((TRAINING / "recipes").glob("*.yaml"))
 def scenes_checkpoint(tmp_path_factory):
     """A random model of one layer that knows the words of the scenes."""
     folder = tmp_path_factory.mktemp("scenes_checkpoint")
-    processor = build_processor(make_scenes("train", 200))
-    build_model(processor, Recipe(vision_layers=1, text_layers=1)).save_pretrained(folder)
+    recipe = Recipe(phases=(), num_train_scenes=200, vision_layers=1, text_layers=1)
+    processor = build_processor(recipe)
+    build_model(processor, recipe).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

@@ -7,23 +7,17 @@ import torch
 from datasets import disable_progress_bars
 from scenes.recipe import RECIPE
 
-from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf.scenes.building import add_tokens, build_model, build_processor, enlarge_positions, grid_waves
+from voco_llama_hf.scenes.canvas import LARGE, SMALL
+from voco_llama_hf.scenes.data import draw_row, phase_rows
 from voco_llama_hf.scenes.moving import WORDS, make_clips
 from voco_llama_hf.scenes.muon import MuonWithAdamW
+from voco_llama_hf.scenes.phases import average_weights, train
+from voco_llama_hf.scenes.publishing import publish
+from voco_llama_hf.scenes.recipe import RECIPES, SCENES_64, Phase
 from voco_llama_hf.scenes.single_questions import SingleQuestionCollator
-from voco_llama_hf.scenes.still import COLOURS, POSITIONS, SHAPES, make_scenes
-from voco_llama_hf.scenes.tiny import (
-    Phase,
-    Recipe,
-    add_words,
-    average_weights,
-    build_model,
-    build_processor,
-    conversations,
-    grid_waves,
-    publish,
-    train,
-)
+from voco_llama_hf.scenes.still import COLOURS, SHAPES, make_scene, make_scenes
 from voco_llama_hf.training import VoCoDataCollator
 
 
@@ -31,13 +25,8 @@ disable_progress_bars()
 
 
 @pytest.fixture(scope="module")
-def scenes():
-    return make_scenes("train", 400, questions_per_scene=8)
-
-
-@pytest.fixture(scope="module")
-def processor(scenes):
-    return build_processor(scenes)
+def processor():
+    return build_processor(replace(RECIPE, num_train_scenes=400))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +48,15 @@ def test_any_text_survives_the_tokenizer(processor, text):
 def test_words_of_the_scenes_are_single_tokens(processor):
     tokenizer = processor.tokenizer
     assert len(tokenizer) <= 512
-    words = [*COLOURS, *SHAPES, *" ".join(POSITIONS).split(), *map(str, range(10)), "digits", "objects", "larger"]
+    words = [
+        *COLOURS,
+        *SHAPES,
+        *" ".join(SMALL.positions).split(),
+        *map(str, range(10)),
+        "digits",
+        "objects",
+        "larger",
+    ]
     for word in words:
         assert len(tokenizer(f" {word}", add_special_tokens=False).input_ids) == 1, word
     assert len(tokenizer("\n", add_special_tokens=False).input_ids) == 1
@@ -89,22 +86,24 @@ def test_template_starts_text_with_bos(processor):
 
 
 @pytest.mark.parametrize("describe", [False, True])
-def test_answers_alone_are_trained(processor, scenes, describe):
+def test_answers_alone_are_trained(processor, describe):
     collator = VoCoDataCollator(processor, assistant_only_loss=True)
     phase = Phase("some", 1, 1e-3, "cosine", num_voco_tokens=(1,), questions=5, describe=describe)
-    batch = collator([conversations(scenes, phase)[i] for i in range(6)])
-    for row, ids, labels in zip(scenes.select(range(6)), batch["input_ids"], batch["labels"]):
+    rows = phase_rows(RECIPE, phase, "train")
+    batch = collator([rows[i] for i in range(6)])
+    for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
+        scene = make_scene("train", i, RECIPE.seed, RECIPE.dense_share, questions_per_scene=5)
         trained = labels != -100
         assert (ids[trained] == labels[trained]).all()
         answers = processor.tokenizer.decode(labels[trained]).split("</s>")
-        assert answers == [*row["answers"][:5], *([row["description"]] if describe else []), ""]
+        assert answers == [*scene["answers"], *([scene["description"]] if describe else []), ""]
     assert batch["pixel_values"].shape == (6, 3, 64, 64)
     assert batch["input_ids"].dtype == torch.long
 
 
-def test_single_questions_are_tokenized_as_they_are_asked(processor, scenes):
+def test_single_questions_are_tokenized_as_they_are_asked(processor):
     phase = Phase("some", 1, 1e-3, "cosine", num_voco_tokens=(1,), questions=5, describe=True, single=True)
-    examples = [conversations(scenes, phase)[i] for i in range(4)]
+    examples = [draw_row(RECIPE, phase, "train", i) for i in range(4)]
     batch = SingleQuestionCollator(processor, num_voco_tokens=3)(examples)
     assert batch["num_voco_tokens"].tolist() == [3] * 4
     assert batch["pixel_values"].shape == (4, 3, 64, 64)
@@ -126,49 +125,100 @@ def test_single_questions_are_tokenized_as_they_are_asked(processor, scenes):
             assert labels[groups == group].tolist() == [-100] * len(asked) + own[len(asked) :]
 
 
-def test_videos_and_images_share_a_batch(processor, scenes):
+def test_videos_and_images_share_a_batch(processor):
     phase = Phase("some", 1, 1e-3, "cosine", (2,), questions=2, describe=True, single=True, videos=True)
-    clips, clip = conversations(make_clips("train", 2), phase), make_clips("train", 2)[1]
-    scene = conversations(scenes, replace(phase, videos=False))[0]
-    batch = SingleQuestionCollator(processor, num_voco_tokens=2)([clips[1], scene])
+    rows, clip = phase_rows(RECIPE, phase, "train"), make_clips("train", 2)[1]
+    batch = SingleQuestionCollator(processor, num_voco_tokens=2)([rows[3], rows[2]])
     assert batch["num_voco_tokens"].tolist() == [2] * 9 and len(batch["pixel_values"]) == 9
     voco = (batch["input_ids"] == processor.image_token_id).sum(1)
     assert voco.tolist() == [16, 2]
     told = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]).split("</s>")
-    assert told == [*clip["answers"][:2], clip["description"], ""]
+    answers = [turn["content"] for turn in clip["messages"][1:4:2]]
+    assert told == [*answers, clip["description"], ""]
     asked = processor.tokenizer.decode(batch["input_ids"][0][batch["text_groups"][0] == 3])
     assert asked.strip().startswith("Describe the video.\n")
 
 
-def test_images_of_any_size_are_resized(processor, scenes):
-    image = scenes[0]["image"].convert("L").resize((200, 90))
+def test_rows_are_drawn_alike_whenever_they_are_asked_for():
+    phase = Phase("some", 1, 1e-3, "cosine", (2,), questions=3, single=True, videos=True)
+    rows = phase_rows(RECIPE, phase, "train")
+    assert len(rows) == RECIPE.num_train_scenes
+    for row, again in zip(rows.select([5, 2]), (rows[5], draw_row(RECIPE, phase, "train", 2))):
+        assert row["messages"] == again["messages"]
+        assert [image.tobytes() for image in row["images"]] == [image.tobytes() for image in again["images"]]
+    other = draw_row(replace(RECIPE, seed=1), phase, "train", 2)
+    assert other["messages"] != rows[2]["messages"]
+
+
+def test_images_of_any_size_are_resized(processor):
+    image = make_scene("train", 0)["image"].convert("L").resize((200, 90))
     inputs = processor(images=image, text="<image>\nWhere is the star?\n", num_voco_tokens=2, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 64, 64)
     assert inputs["input_ids"][0, :2].tolist() == [processor.tokenizer.convert_tokens_to_ids("<voco>")] * 2
 
 
 def test_model_fits_the_processor(processor):
-    model = build_model(processor, Recipe())
+    model = build_model(processor, SCENES_64)
     assert 3e6 < model.num_parameters() < 6e6
     assert model.config.voco_token_id == processor.tokenizer.convert_tokens_to_ids("<voco>")
     assert model.config.vision_prefix_token_ids == [processor.tokenizer.bos_token_id]
     assert processor.tokenizer.decode(model.config.vision_suffix_token_ids) == "\n"
 
 
-def test_words_of_videos_become_tokens(scenes):
+def test_words_of_videos_become_tokens():
     """Without a change to what is said of images."""
-    processor = build_processor(scenes)
-    model = build_model(processor, RECIPE)
-    texts = [text for scene in scenes for text in (*scene["questions"], scene["description"])]
+    processor = build_processor(replace(RECIPE, num_train_scenes=400))
+    texts = [text for scene in make_scenes("train", 200) for text in (*scene["questions"], scene["description"])]
     before = processor.tokenizer(texts).input_ids
-    add_words(model, processor, WORDS)
+    add_tokens(processor, WORDS)
     assert processor.tokenizer(texts).input_ids == before
-    assert len(model.lm_head.weight) == model.config.text_config.vocab_size == len(processor.tokenizer)
     clips = make_clips("train", 40)
     said = [text for clip in clips for text in (*clip["questions"], *clip["answers"], clip["description"])]
     ids = processor.tokenizer(said).input_ids
     assert set(processor.tokenizer.convert_tokens_to_ids(list(WORDS))) <= {id for row in ids for id in row}
     assert processor.batch_decode(ids, skip_special_tokens=True) == said
+
+
+@pytest.fixture(scope="module")
+def started():
+    """A model and its processor that start from the embedded checkpoint and read a larger canvas."""
+    recipe = RECIPES["scenes-576"]
+    processor = build_processor(recipe)
+    return build_model(processor, recipe).eval(), processor
+
+
+def test_a_larger_canvas_starts_from_the_embedded_checkpoint(started):
+    model, processor = started
+    known = VoCoLlamaForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32).state_dict()
+    for name, weight in model.state_dict().items():
+        if not name.endswith("position_embedding.weight"):
+            torch.testing.assert_close(weight[: len(known[name])], known[name])
+    scene = make_scene("train", 3, dense_share=1.0, canvas=LARGE)
+    inputs = processor(images=scene["image"], text="<image>\nWhere?\n", num_voco_tokens=2, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 192, 192)
+    assert model.get_image_features(inputs["pixel_values"]).pooler_output[0].shape == (576, 256)
+    assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_places_of_a_larger_canvas_are_few_tokens(started):
+    _, processor = started
+    for text in (*LARGE.positions, f"What colour is at {LARGE.at(7)}?"):
+        ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) <= 4 or text.startswith("What")
+        assert processor.tokenizer.decode(ids) == text
+
+
+def test_enlarged_positions_keep_their_places():
+    """A field that rises along rows and columns rises alike on a finer grid."""
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    positions = torch.cat([torch.full((1, 2), -5.0), torch.stack([rows.flatten(), columns.flatten()], dim=1)])
+    enlarged = enlarge_positions(positions, 24)
+    assert enlarged.shape == (577, 2) and enlarged[0].tolist() == [-5, -5]
+    grid = enlarged[1:].view(24, 24, 2)
+    middles = (torch.arange(24) + 0.5) / 3 - 0.5
+    inner = slice(6, 18)
+    torch.testing.assert_close(grid[inner, 12, 0], middles[inner], atol=1e-4, rtol=0)
+    torch.testing.assert_close(grid[12, inner, 1], middles[inner], atol=1e-4, rtol=0)
 
 
 def test_averaged_weights_lie_between(processor):
@@ -231,7 +281,7 @@ def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
     videos = Phase(
         "videos", 2, 1e-3, "cosine", num_voco_tokens=(1, 2, 0), describe=True, single=True, videos=True, share=0.5
     )
-    recipe = replace(RECIPE, num_train_clips=8, num_test_clips=4, phases=(*RECIPE.phases, videos))
+    recipe = replace(RECIPE, num_test_clips=4, phases=(*RECIPE.phases, videos))
     train(recipe, work_dir, compile=False)
     assert (work_dir / "uncompressed-final" / "model.safetensors").read_bytes() == trained
     publish(work_dir, recipe, output_dir)

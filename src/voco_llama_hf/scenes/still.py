@@ -1,10 +1,10 @@
-"""Small procedural scenes with questions and answers: coloured shapes and handwritten digits on a 64x64 canvas."""
+"""Small procedural scenes with questions and answers: coloured shapes and handwritten digits on a canvas."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -14,10 +14,9 @@ from PIL import ImageDraw
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from .canvas import SMALL, Canvas
 
-CANVAS = 64  # pixels a side
-GRID = 3  # cells a side; every object lies inside a cell of its own, so no two overlap
-CELL = CANVAS // GRID
+
 SUPERSAMPLING = 4  # shapes are drawn larger and reduced, for smooth edges
 
 COLOURS = {
@@ -31,13 +30,8 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": (11, 13), "large": (17, 19)}  # pixels, both ends included
-POSITIONS = tuple(
-    "center" if row == column == "middle" else f"{row} {column}"
-    for row in ("top", "middle", "bottom")
-    for column in ("left", "middle", "right")
-)
-DIFFICULTIES = {"sparse": (1, 4), "dense": (5, 9)}  # number of objects, both ends included
+SIZES = tuple(SMALL.sizes)
+DIFFICULTIES = tuple(SMALL.difficulties)
 SPLITS = ("train", "validation", "test")
 DESCRIBE = "Describe the scene."
 
@@ -91,10 +85,11 @@ class SceneObject:
         colour (`str`): One of [`COLOURS`].
         name (`str`): One of [`SHAPES`], or the digit `"0"` to `"9"`.
         size (`str`): `"small"` or `"large"`.
-        cell (`int`): Index into [`POSITIONS`], rows first.
+        cell (`int`): Its cell, rows first.
         left (`int`): Left edge of the bounding box in pixels.
         top (`int`): Top edge of the bounding box in pixels.
         pixels (`int`): Side of the bounding box in pixels.
+        canvas ([`Canvas`], *optional*): Where it is drawn.
     """
 
     colour: str
@@ -104,10 +99,23 @@ class SceneObject:
     left: int
     top: int
     pixels: int
+    canvas: Canvas = SMALL
+
+    @property
+    def row(self) -> int:
+        return self.cell // self.canvas.grid
+
+    @property
+    def column(self) -> int:
+        return self.cell % self.canvas.grid
 
     @property
     def position(self) -> str:
-        return POSITIONS[self.cell]
+        return self.canvas.positions[self.cell]
+
+    @property
+    def at(self) -> str:
+        return self.canvas.at(self.cell)
 
     @property
     def phrase(self) -> str:
@@ -127,15 +135,15 @@ def _stratified(indices: np.ndarray, labels: np.ndarray, share: float) -> list[n
     return train_test_split(indices, test_size=share, stratify=labels, random_state=0)
 
 
-def sample_objects(rng: np.random.Generator, difficulty: str) -> list[SceneObject]:
+def sample_objects(rng: np.random.Generator, difficulty: str, canvas: Canvas = SMALL) -> list[SceneObject]:
     """Draws the objects of a scene, each inside a cell of its own, ordered by cell."""
-    low, high = DIFFICULTIES[difficulty]
-    cells = np.sort(rng.choice(GRID**2, size=rng.integers(low, high + 1), replace=False))
+    low, high = canvas.difficulties[difficulty]
+    cells = np.sort(rng.choice(canvas.grid**2, size=rng.integers(low, high + 1), replace=False))
     objects = []
     for cell in cells.tolist():
-        size = str(rng.choice(list(SIZES)))
-        pixels = int(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
-        left, top = rng.integers(1, CELL - pixels, size=2, endpoint=True).tolist()
+        size = str(rng.choice(SIZES))
+        pixels = int(rng.integers(canvas.sizes[size][0], canvas.sizes[size][1] + 1))
+        left, top = rng.integers(1, canvas.cell - pixels, size=2, endpoint=True).tolist()
         is_digit = rng.random() < 0.4
         objects.append(
             SceneObject(
@@ -143,43 +151,45 @@ def sample_objects(rng: np.random.Generator, difficulty: str) -> list[SceneObjec
                 name=str(rng.integers(10)) if is_digit else str(rng.choice(SHAPES)),
                 size=size,
                 cell=cell,
-                left=cell % GRID * CELL + left,
-                top=cell // GRID * CELL + top,
+                left=cell % canvas.grid * canvas.cell + left,
+                top=cell // canvas.grid * canvas.cell + top,
                 pixels=pixels,
+                canvas=canvas,
             )
         )
     return objects
 
 
 def draw_shapes(
-    background: tuple[int, ...], shapes: list[tuple[str, tuple[int, ...], float, float, int]]
+    side: int, background: tuple[int, ...], shapes: list[tuple[str, tuple[int, ...], float, float, int]]
 ) -> PILImage.Image:
     """
     Draws a canvas with shapes on it.
 
     Args:
+        side (`int`): Pixels of the canvas a side.
         background (`tuple[int, ...]`): Colour of the canvas.
         shapes (`list[tuple]`): Name, colour, left, top and side of each, in pixels.
     """
-    canvas = PILImage.new("RGB", (CANVAS * SUPERSAMPLING,) * 2, background)
+    canvas = PILImage.new("RGB", (side * SUPERSAMPLING,) * 2, background)
     draw = ImageDraw.Draw(canvas)
     for name, fill, *box in shapes:
-        left, top, side = (round(number * SUPERSAMPLING) for number in box)
+        left, top, size = (round(number * SUPERSAMPLING) for number in box)
         if name == "circle":
-            draw.ellipse((left, top, left + side - 1, top + side - 1), fill=fill)
+            draw.ellipse((left, top, left + size - 1, top + size - 1), fill=fill)
         else:
-            draw.polygon([(left + x * (side - 1), top + y * (side - 1)) for x, y in OUTLINES[name]], fill=fill)
+            draw.polygon([(left + x * (size - 1), top + y * (size - 1)) for x, y in OUTLINES[name]], fill=fill)
     return canvas.reduce(SUPERSAMPLING)
 
 
-def render(rng: np.random.Generator, objects: list[SceneObject], split: str) -> PILImage.Image:
-    """Draws a scene as an RGB image of 64x64 pixels, its digits with glyphs of `split`."""
+def render(rng: np.random.Generator, objects: list[SceneObject], split: str, canvas: Canvas = SMALL) -> PILImage.Image:
+    """Draws a scene as an RGB image, its digits with glyphs of `split`."""
     background = tuple(rng.integers(0, 50, size=3).tolist())
     noise = rng.integers(-12, 13, size=(len(objects), 3))
     colours = np.array([COLOURS[o.colour] for o in objects])
     fills = list(map(tuple, (colours + noise).clip(0, 255).tolist()))
     shapes = [(o.name, fill, o.left, o.top, o.pixels) for o, fill in zip(objects, fills, strict=True)]
-    canvas = draw_shapes(background, [shape for shape in shapes if shape[0] in SHAPES])
+    image = draw_shapes(canvas.side, background, [shape for shape in shapes if shape[0] in SHAPES])
     images, labels = glyphs(split)
     for obj, fill in zip(objects, fills, strict=True):
         if obj.name.isdigit():
@@ -188,8 +198,8 @@ def render(rng: np.random.Generator, objects: list[SceneObject], split: str) -> 
             stroke = stroke.resize((obj.pixels,) * 2, PILImage.Resampling.BICUBIC).rotate(
                 rng.uniform(-8, 8), PILImage.Resampling.BICUBIC
             )
-            canvas.paste(fill, (obj.left, obj.top), stroke)
-    return canvas
+            image.paste(fill, (obj.left, obj.top), stroke)
+    return image
 
 
 def _unique(objects: list[SceneObject], key: str) -> Iterator[SceneObject]:
@@ -203,7 +213,7 @@ def _plural(name: str) -> str:
 
 def colour_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
     for o in objects:
-        yield f"What colour is at the {o.position}?", o.colour
+        yield f"What colour is at {o.at}?", o.colour
     for o in _unique(objects, "name"):
         yield f"What colour is the {o.name}?", o.colour
 
@@ -211,7 +221,7 @@ def colour_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
 def shape_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
     for o in objects:
         if o.name in SHAPES:
-            yield f"What shape is at the {o.position}?", o.name
+            yield f"What shape is at {o.at}?", o.name
     for o in _unique([o for o in objects if o.name in SHAPES], "colour"):
         yield f"What shape is {o.colour}?", o.name
 
@@ -219,7 +229,7 @@ def shape_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
 def digit_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
     digits = [o for o in objects if o.name.isdigit()]
     for o in digits:
-        yield f"What digit is at the {o.position}?", o.name
+        yield f"What digit is at {o.at}?", o.name
     for o in _unique(digits, "colour"):
         yield f"What digit is {o.colour}?", o.name
 
@@ -259,11 +269,11 @@ def comparison_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]
     named = list(_unique(objects, "phrase"))
     for a in named:
         for b in named:
-            if a.cell % GRID != b.cell % GRID:
-                answer = "yes" if a.cell % GRID < b.cell % GRID else "no"
+            if a.column != b.column:
+                answer = "yes" if a.column < b.column else "no"
                 yield f"Is the {a.phrase} left of the {b.phrase}?", answer
-            if a.cell // GRID != b.cell // GRID:
-                answer = "yes" if a.cell // GRID < b.cell // GRID else "no"
+            if a.row != b.row:
+                answer = "yes" if a.row < b.row else "no"
                 yield f"Is the {a.phrase} above the {b.phrase}?", answer
             if a.size != b.size:
                 yield f"Is the {a.phrase} larger than the {b.phrase}?", "yes" if a.size == "large" else "no"
@@ -314,12 +324,17 @@ def describe(objects: list[SceneObject]) -> str:
 
 
 def make_scene(
-    split: str, index: int, seed: int = 0, dense_share: float = 0.5, questions_per_scene: int = 7
+    split: str,
+    index: int,
+    seed: int = 0,
+    dense_share: float = 0.5,
+    questions_per_scene: int = 7,
+    canvas: Canvas = SMALL,
 ) -> dict[str, object]:
     """Makes one row of [`make_scenes`]; it depends on the arguments alone."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     difficulty = "dense" if rng.random() < dense_share else "sparse"
-    objects = sample_objects(rng, difficulty)
+    objects = sample_objects(rng, difficulty, canvas)
     families, questions, answers = zip(*sample_questions(rng, objects, questions_per_scene), strict=True)
     turns = [
         {"role": role, "content": text}
@@ -327,14 +342,14 @@ def make_scene(
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     return {
-        "image": render(rng, objects, split),
+        "image": render(rng, objects, split, canvas),
         "messages": turns,
         "description": describe(objects),
         "difficulty": difficulty,
         "families": list(families),
         "questions": list(questions),
         "answers": list(answers),
-        "objects": [asdict(o) for o in objects],
+        "objects": [{name: getattr(o, name) for name in FEATURES["objects"].feature} for o in objects],
     }
 
 
@@ -345,6 +360,7 @@ def make_scenes(
     dense_share: float = 0.5,
     questions_per_scene: int = 7,
     num_proc: int | None = None,
+    canvas: Canvas = SMALL,
 ) -> Dataset:
     """
     Makes a split of the scenes data set. The same arguments give the same bytes, whatever `num_proc`.
@@ -359,18 +375,20 @@ def make_scenes(
         seed (`int`, *optional*, defaults to 0):
             Seed of the whole data set.
         dense_share (`float`, *optional*, defaults to 0.5):
-            Share of scenes with 5 to 9 objects; the others have 1 to 4.
+            Share of dense scenes, of 5 objects and more; the others have 1 to 4.
         questions_per_scene (`int`, *optional*, defaults to 7):
             Number of questions about each image, all in one conversation.
         num_proc (`int`, *optional*):
             Number of processes.
+        canvas ([`Canvas`], *optional*):
+            Where they are drawn: by default 64x64 pixels.
 
     Returns:
-        [`~datasets.Dataset`]: columns `image` (64x64 RGB), `messages` (one conversation in the format TRL takes:
+        [`~datasets.Dataset`]: columns `image` (RGB), `messages` (one conversation in the format TRL takes:
         `questions_per_scene` questions and answers), `description` (all objects in one sentence), `difficulty`,
         `families`, `questions`, `answers` (one entry a question) and `objects` (what is in the picture).
     """
-    options = {"seed": seed, "dense_share": dense_share, "questions_per_scene": questions_per_scene}
+    options = {"seed": seed, "dense_share": dense_share, "questions_per_scene": questions_per_scene, "canvas": canvas}
     return Dataset.from_dict({"index": range(num_scenes)}).map(
         lambda index: make_scene(split, index, **options),
         input_columns="index",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,31 +11,22 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
 
-from ...modeling import VoCoLlamaProcessor
+from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..building import build_model
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
+from ..phases import PhaseLog, compile_layers, final_dir, load_weights, make_trainer, save_phase, train
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
+from ..recipe import SCENES_64, Phase, Recipe
+from ..running import run_phase
 from ..still import make_scenes
-from ..tiny import (
-    Phase,
-    Recipe,
-    build_model,
-    compile_layers,
-    final_dir,
-    load_weights,
-    prepare_scenes,
-    save_phase,
-    train,
-    train_phase,
-)
 from .baselines import put_compressor
 
 
 CAUSAL = "causal"
 QUESTIONS = 6  # about an image, in a step
 # A LLaVA of the scenes
-BASE = Recipe(phases=Recipe().phases[:2])
+BASE = Recipe(phases=SCENES_64.phases[:2])
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,6 @@ class Study:
         steps (`int`): Optimizer steps of every arm.
         base ([`Recipe`], *optional*): How the model is trained that all arms start from.
         trained_base (`Path`, *optional*): Folder of that model, of the shape of `base`, where it is trained already.
-        num_proc (`int`, *optional*): Processes that draw scenes.
         compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
     """
 
@@ -110,7 +101,6 @@ class Study:
     steps: int
     base: Recipe = BASE
     trained_base: Path | None = None
-    num_proc: int | None = None
     compile: bool = True
 
     @property
@@ -127,9 +117,9 @@ class Study:
         """Trains the model that all arms start from, unless it is there."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
         if self.trained_base is None:
-            train(self.base, self.work_dir, self.num_proc, self.compile)
+            train(self.base, self.work_dir, self.compile)
 
-    def trained(self, arm: Arm, seed: int) -> PreTrainedModel:
+    def trained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         """The model of an arm, trained or loaded."""
         final = self._final(arm, seed)
         if not final.exists():
@@ -141,7 +131,7 @@ class Study:
     def _final(self, arm: Arm, seed: int) -> Path:
         return final_dir(self.work_dir, f"{arm.folder}-{self.steps}-steps-seed-{seed}")
 
-    def _untrained(self, arm: Arm, seed: int) -> PreTrainedModel:
+    def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         model = build_model(self.processor, self.base)
         model.load_state_dict(load_weights(self.start))
         if arm.compressor is not None:
@@ -166,26 +156,34 @@ class Study:
             single=True,
             freeze=("vision_tower",),
         )
-        options = {}
-        if arm.distillation_weight > 0:
-            options = {"distillation_weight": arm.distillation_weight, "teacher": str(self.start)}
-        scenes = prepare_scenes(self.base, self.work_dir, self.num_proc)
-        recipe = replace(self.base, seed=seed)
-        log = train_phase(model, self.processor, scenes, recipe, phase, self.work_dir, **options)
-        save_phase(model, self.processor, {"name": name, "steps": self.steps, "log": log}, final)
+        trainer = make_trainer(
+            model,
+            self.processor,
+            replace(self.base, seed=seed),
+            phase,
+            self.work_dir / name,
+            distillation_weight=arm.distillation_weight,
+            teacher=str(self.start) if arm.distillation_weight > 0 else "self",
+        )
+        start = time.monotonic()
+        log = run_phase(trainer)
+        seconds = time.monotonic() - start
+        save_phase(model, self.processor, PhaseLog(name=name, steps=self.steps, seconds=seconds, log=log), final)
 
     def answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> ScenesResults:
         """How well an arm answers the questions of a split, measured or read from where it was written."""
         path = self._final(arm, seed) / f"results-{split}-{limit}.json"
         if not path.exists():
             model = self.trained(arm, seed)
-            scenes = make_scenes(split, limit)
+            scenes = make_scenes(split, limit, canvas=self.base.canvas)
             readers = make_readers(arm, model, self.processor, scenes)
             score_readers(readers, scenes, split, shuffled=False, progress=progress).save(path)
         return ScenesResults(**json.loads(path.read_text()))
 
 
-def make_readers(arm: Arm, model: PreTrainedModel, processor: ProcessorMixin, scenes: Dataset) -> dict[str, Reader]:
+def make_readers(
+    arm: Arm, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, scenes: Dataset
+) -> dict[str, Reader]:
     """The ways in which an arm is asked."""
     images = preprocess(processor, scenes)
     readers: dict[str, Reader] = {}
