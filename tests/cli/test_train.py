@@ -6,7 +6,7 @@ from datasets import disable_progress_bars
 from typer.testing import CliRunner
 
 from voco_llama_cli import app
-from voco_llama_cli.train import TRAINING
+from voco_llama_cli.train import PACKAGE
 from voco_llama_cli.train_script import make_parser
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
 from voco_llama_hf.scenes.building import build_model, build_processor
@@ -14,7 +14,7 @@ from voco_llama_hf.scenes.recipe import Recipe
 
 
 disable_progress_bars()
-RECIPES = sorted((TRAINING / "recipes").glob("*.yaml"))
+RECIPES = sorted(PACKAGE.glob("*/recipes/*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_recipes_have_known_keys(recipe):
 
 
 def test_the_paper_recipe_has_its_hyperparameters():
-    recipe = yaml.safe_load((TRAINING / "recipes" / "paper.yaml").read_text())
+    recipe = yaml.safe_load((PACKAGE / "training" / "recipes" / "paper.yaml").read_text())
     devices = 8
     batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * devices
     assert batch == 128 and recipe["max_steps"] == 2 * -(-665_298 // batch)
@@ -52,7 +52,7 @@ def test_the_paper_recipe_has_its_hyperparameters():
 def test_accelerate_reads_its_configurations(name, kind):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    loaded = load_config_from_file(str(TRAINING / "accelerate_configs" / f"{name}.yaml"))
+    loaded = load_config_from_file(str(PACKAGE / "training" / "accelerate_configs" / f"{name}.yaml"))
     assert loaded.distributed_type == kind
     assert loaded.mixed_precision == "bf16"
 
