@@ -5,16 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voco_llama_hf.scenes.canvas import LARGE, SMALL
-from voco_llama_hf.scenes.still import (
-    COLOURS,
-    FAMILIES,
-    QUESTIONS,
-    SHAPES,
-    SPLITS,
-    glyphs,
-    make_scene,
-    make_scenes,
-)
+from voco_llama_hf.scenes.objects import COLOURS, SHAPES, glyphs
+from voco_llama_hf.scenes.still import FAMILIES, QUESTIONS, SPLITS, make_scene, make_scenes
 
 
 disable_progress_bars()

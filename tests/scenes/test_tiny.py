@@ -13,11 +13,12 @@ from voco_llama_hf.scenes.canvas import LARGE, SMALL
 from voco_llama_hf.scenes.data import draw_row, phase_rows
 from voco_llama_hf.scenes.moving import WORDS, make_clips
 from voco_llama_hf.scenes.muon import MuonWithAdamW
+from voco_llama_hf.scenes.objects import COLOURS, SHAPES
 from voco_llama_hf.scenes.phases import average_weights, train
 from voco_llama_hf.scenes.publishing import publish
 from voco_llama_hf.scenes.recipe import RECIPES, SCENES_64, Phase
 from voco_llama_hf.scenes.single_questions import SingleQuestionCollator
-from voco_llama_hf.scenes.still import COLOURS, SHAPES, make_scene, make_scenes
+from voco_llama_hf.scenes.still import make_scene, make_scenes
 from voco_llama_hf.training import VoCoDataCollator
 
 

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
+from collections.abc import Callable
+from typing import NotRequired, TypedDict
 
-from .moving import DESCRIBE_VIDEO, make_clip
+from datasets import Dataset
+from PIL import Image
+
+from .moving import DESCRIBE_VIDEO, ClipRow, make_clip
 from .recipe import Phase, Recipe
-from .still import DESCRIBE, make_scene
+from .still import DESCRIBE, Message, ObjectRow, Scene, make_scene
 
 
 VALIDATION_ROWS = 128  # that a training is measured on as it goes
 
 
+class VisionRow(TypedDict):
+    """What the vision tower is trained on."""
+
+    image: Image.Image
+    objects: list[ObjectRow]
+
+
+class PhaseRow(TypedDict):
+    """A conversation about an image, or about images, those of a video in time order."""
+
+    messages: list[Message]
+    image: NotRequired[Image.Image]
+    images: NotRequired[list[Image.Image]]
+
+
+# Makes columns of the numbers of rows
+Draw = Callable[[dict[str, list[int]]], dict[str, list]]
+
+
 def vision_rows(recipe: Recipe, split: str) -> Dataset:
-    """Columns `image` and `objects`, for the training of the vision tower."""
+    """Rows of [`VisionRow`]."""
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
         scenes = [draw_scene(recipe, split, index, questions=1) for index in rows["index"]]
@@ -23,7 +46,7 @@ def vision_rows(recipe: Recipe, split: str) -> Dataset:
 
 
 def phase_rows(recipe: Recipe, phase: Phase, split: str) -> Dataset:
-    """Columns `messages` and `image`, or `images` in a phase with videos, every other row of which is one."""
+    """Rows of [`PhaseRow`]; in a phase with videos every other row is one."""
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
         drawn = [draw_row(recipe, phase, split, index) for index in rows["index"]]
@@ -32,26 +55,30 @@ def phase_rows(recipe: Recipe, phase: Phase, split: str) -> Dataset:
     return drawn_rows(recipe, split, draw)
 
 
-def drawn_rows(recipe: Recipe, split: str, draw) -> Dataset:
+def drawn_rows(recipe: Recipe, split: str, draw: Draw) -> Dataset:
+    """A data set that keeps nothing but the numbers of its rows."""
     number = recipe.num_train_scenes if split == "train" else min(VALIDATION_ROWS, recipe.num_validation_scenes)
     return Dataset.from_dict({"index": range(number)}).with_transform(draw)
 
 
-def draw_scene(recipe: Recipe, split: str, index: int, questions: int) -> dict:
+def draw_scene(recipe: Recipe, split: str, index: int, questions: int) -> Scene:
+    """One scene, as it is drawn for `recipe`."""
     return make_scene(split, index, recipe.seed, recipe.dense_share, questions, recipe.canvas)
 
 
-def draw_row(recipe: Recipe, phase: Phase, split: str, index: int) -> dict:
+def draw_row(recipe: Recipe, phase: Phase, split: str, index: int) -> PhaseRow:
     """One row of [`phase_rows`]; it depends on the arguments alone."""
     if phase.videos and index % 2:
         clip = make_clip(split, index // 2, recipe.seed, recipe.canvas)
         return {"images": clip["images"], "messages": told(clip, phase, DESCRIBE_VIDEO)}
     scene = draw_scene(recipe, split, index, phase.questions)
-    images = {"images": [scene["image"]]} if phase.videos else {"image": scene["image"]}
-    return {**images, "messages": told(scene, phase, DESCRIBE)}
+    messages = told(scene, phase, DESCRIBE)
+    if phase.videos:
+        return {"images": [scene["image"]], "messages": messages}
+    return {"image": scene["image"], "messages": messages}
 
 
-def told(row: dict, phase: Phase, request: str) -> list[dict[str, str]]:
+def told(row: Scene | ClipRow, phase: Phase, request: str) -> list[Message]:
     """
     What is asked and answered about an image or a video, perhaps with a description behind: there it gives nothing
     away.

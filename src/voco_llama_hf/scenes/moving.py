@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
+from typing import TypedDict
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
@@ -19,7 +20,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from .canvas import SMALL, THIRDS, Canvas
-from .still import COLOURS, SHAPES, SPLITS, draw_shapes
+from .objects import COLOURS, SHAPES, draw_shapes
+from .still import SPLITS, Message, conversation
 
 
 NUM_FRAMES = 8
@@ -244,7 +246,18 @@ def _state(actor: Actor, frame: int, canvas: Canvas) -> str:
     return "hidden" if frame in actor.covered else "there"
 
 
-def make_clip(split: str, index: int, seed: int = 0, canvas: Canvas = SMALL) -> dict[str, object]:
+class ClipRow(TypedDict):
+    """A row of [`make_clips`]."""
+
+    images: list[PILImage.Image]
+    messages: list[Message]
+    description: str
+    families: list[str]
+    questions: list[str]
+    answers: list[str]
+
+
+def make_clip(split: str, index: int, seed: int = 0, canvas: Canvas = SMALL) -> ClipRow:
     """Makes one row of [`make_clips`]; it depends on the arguments alone."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index, NUM_FRAMES))
     clip = sample_clip(rng, canvas)
@@ -254,14 +267,9 @@ def make_clip(split: str, index: int, seed: int = 0, canvas: Canvas = SMALL) -> 
             asked.append((family, *pairs[rng.integers(len(pairs))]))
             told += pairs
     families, questions, answers = zip(*asked, strict=True)
-    turns = [
-        {"role": role, "content": text}
-        for pair in told
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
     return {
         "images": render(rng, clip, canvas),
-        "messages": turns,
+        "messages": conversation(told),
         "description": describe(clip, canvas),
         "families": list(families),
         "questions": list(questions),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -11,7 +10,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from .recipe import Recipe
 
 
-def phase_options(recipe: Recipe, output_dir: Path, steps: int, batch_size: int) -> dict[str, Any]:
+def phase_options(
+    recipe: Recipe, output_dir: Path, steps: int, batch_size: int
+) -> dict[str, str | int | float | bool]:
     """Arguments of [`~transformers.TrainingArguments`] for a phase that evaluates and saves as it goes."""
     every = min(250, max(1, steps // 2))
     return {

@@ -6,12 +6,12 @@ come through the VoCo tokens. Here a row holds many turns that see the image and
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling import VoCoLlamaProcessor
+from .data import PhaseRow
+from .still import Message
 
 
 IGNORED = -100
@@ -30,7 +30,7 @@ class SingleQuestionCollator:
         self.processor = processor
         self.num_voco_tokens = num_voco_tokens
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[PhaseRow]) -> dict[str, torch.Tensor]:
         """
         Args:
             examples (`list[dict]`):
@@ -63,7 +63,7 @@ class SingleQuestionCollator:
             "text_groups": groups,
         }
 
-    def _tokenize(self, questions: list[dict], answers: list[dict]) -> list[tuple[list[int], list[int]]]:
+    def _tokenize(self, questions: list[Message], answers: list[Message]) -> list[tuple[list[int], list[int]]]:
         """Ids of questions and answers, as they stand behind an image that comes first."""
         image, template = self.processor.image_token, self.processor.apply_chat_template
         asked = [[{"role": "user", "content": f"{image}\n{question['content']}"}] for question in questions]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import BaseImageProcessor, CLIPVisionModel, Trainer, TrainingArguments
+from transformers import BaseImageProcessor, CLIPVisionModel, EvalPrediction, Trainer, TrainingArguments
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from .data import vision_rows
+from .data import VisionRow, vision_rows
 from .muon import MuonMixin
+from .objects import COLOURS, SHAPES, SIZES
 from .recipe import Recipe
 from .running import phase_options, run_phase
-from .still import COLOURS, SHAPES, SIZES
+from .still import ObjectRow
 
 
 # What a patch can show; the index after the last one is the background
@@ -57,7 +57,7 @@ class PatchClassifier(torch.nn.Module):
         )
 
 
-def patch_labels(objects: list[dict[str, Any]], patch_size: int, side: int) -> np.ndarray:
+def patch_labels(objects: list[ObjectRow], patch_size: int, side: int) -> np.ndarray:
     """Classes of the attributes at the middle of every patch of a canvas, rows first: `(patches, 3)`."""
     middles = np.arange(side // patch_size) * patch_size + patch_size // 2
     labels = np.empty((len(middles), len(middles), len(ATTRIBUTES)), dtype=np.int64)
@@ -81,13 +81,13 @@ class PatchCollator:
         self.image_processor = image_processor
         self.patch_size = patch_size
 
-    def __call__(self, scenes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, scenes: list[VisionRow]) -> dict[str, torch.Tensor]:
         pixels = self.image_processor(images=[scene["image"] for scene in scenes], return_tensors="pt").pixel_values
         labels = np.stack([patch_labels(scene["objects"], self.patch_size, scene["image"].width) for scene in scenes])
         return {"pixel_values": pixels, "labels": torch.from_numpy(labels)}
 
 
-def patch_accuracy(prediction: Any) -> dict[str, float]:
+def patch_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of the patches on objects all of whose attributes are recognised."""
     classes, labels = prediction
     on_object = labels[..., 0] != len(ATTRIBUTES["colour"])
