@@ -7,6 +7,7 @@ import typer
 from .ask import ask
 from .benchmark import benchmark
 from .card import card
+from .check import check
 from .compress import compress
 from .convert import convert
 from .demo import demo
@@ -44,6 +45,7 @@ def main(
 app.command()(ask)
 app.command()(benchmark)
 app.command()(card)
+app.command()(check)
 app.command()(compress)
 app.command()(convert)
 app.command()(demo)

@@ -10,7 +10,7 @@ from modeling.reference import Image, row_logits, short_batch, stock_llava, unco
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaModel
-from voco_llama_hf.modeling.attention_voco_llama import VoCoRuns, find_starts, resolve_num_voco_tokens
+from voco_llama_hf.modeling.layout_voco_llama import VoCoRuns, find_starts, resolve_num_voco_tokens
 
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}

@@ -499,12 +499,17 @@ def test_inputs_embeds(model, inputs, expected):
     assert new_tokens(model, as_embeds(model, inputs), cache_implementation="static") == expected
 
 
-def test_features_of_the_caller(model, inputs, expected):
-    """What `get_image_features` returned may be passed to several calls."""
-    features = model.get_image_features(inputs["pixel_values"], inputs["num_voco_tokens"])
-    rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    for _ in range(2):
-        assert new_tokens(model, rest, mm_encoder_outputs={"image": features}) == expected
+def test_compressed_images_of_the_caller(model, inputs, expected):
+    """What `get_compressed_images` returned may be passed to several calls, of `forward` as well."""
+    voco_mask = (inputs["input_ids"] == VOCO).numpy()
+    with torch.no_grad():
+        images = model.get_compressed_images(inputs["pixel_values"], None, inputs["num_voco_tokens"], voco_mask)
+        rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        for _ in range(2):
+            assert new_tokens(model, rest, compressed_images=images) == expected
+        assert new_tokens(model, rest, compressed_images=images, num_beams=2) == new_tokens(model, inputs, num_beams=2)
+        logits = model(**rest, compressed_images=images).logits[:, -1]
+        torch.testing.assert_close(logits, model(**inputs, use_cache=True).logits[:, -1], **TOLERANCE)
 
 
 # What comes back

@@ -25,7 +25,23 @@ from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, Vo
 from voco_llama_hf.videos import read_frames
 
 
-PARTS = ("attention", "cache", "configuration", "generation", "modeling", "processing", "video")
+PARTS = (
+    "attention",
+    "cache",
+    "compat",
+    "configuration",
+    "generation",
+    "injection",
+    "layout",
+    "modeling",
+    "outputs",
+    "processing",
+    "rotation",
+    "runtime",
+    "single_pass",
+    "two_stages",
+    "video",
+)
 SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """
 import importlib.util, json, sys
@@ -97,7 +113,13 @@ def fresh_python(tmp_path_factory) -> Path:
 def test_the_folder_holds_the_code(folder):
     assert {path.name for path in folder.glob("*.py")} == SHIPPED
     config = json.loads((folder / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+        "AutoProcessor",
+    }
     assert "AutoProcessor" in json.loads((folder / "processor_config.json").read_text())["auto_map"]
 
 

@@ -17,11 +17,12 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, cached_files
 
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from ..modeling.attention_voco_llama import per_image_counts, resolve_num_voco_tokens
 from ..modeling.cache_voco_llama import check_fingerprint
 from ..modeling.configuration_voco_llama import key_value_shape
 from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
-from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE, rotate_keys
+from ..modeling.layout_voco_llama import per_image_counts, resolve_num_voco_tokens
+from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE
+from ..modeling.rotation_voco_llama import rotate_keys
 from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, data_file, new_folder
 from .prefill import KeyValues, prefill
 from .session import TorchSession, check_provider

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .attention_voco_llama import per_image_counts
+from .layout_voco_llama import per_image_counts
 
 
 FILE_FORMAT = "voco_cache"

@@ -1,5 +1,9 @@
 """VoCo-LLaMA model configuration."""
 
+from .compat_voco_llama import VERSION  # noqa: F401
+
+
+# isort: split
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,6 +70,7 @@ class VoCoLlamaConfig(LlavaConfig):
             "AutoConfig": "configuration_voco_llama.VoCoLlamaConfig",
             "AutoModel": "modeling_voco_llama.VoCoLlamaModel",
             "AutoModelForImageTextToText": "modeling_voco_llama.VoCoLlamaForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_voco_llama.VoCoLlamaForConditionalGeneration",
             "AutoProcessor": "processing_voco_llama.VoCoLlamaProcessor",
         }
 

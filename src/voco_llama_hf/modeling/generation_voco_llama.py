@@ -1,97 +1,151 @@
-"""What `generate` does with images: compresses them once, and finds the new ones of each turn of a conversation."""
+"""`generate` with images: they are compressed once, before anything else, and handed on with their places."""
 
+from .compat_voco_llama import CACHE, CHUNKS_FOLLOW_A_CACHE
+
+
+# isort: split
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 
-from .attention_voco_llama import find_starts, resolve_num_voco_tokens
+from .cache_voco_llama import VoCoCache
+from .injection_voco_llama import CompressedImages
+from .layout_voco_llama import find_starts, resolve_num_voco_tokens
+from .runtime_voco_llama import without_checkpointing
 
 
 class VoCoLlamaGenerationMixin(GenerationMixin):
     """
-    `generate` for a model with `get_image_features` and `get_voco_mask`, see [`VoCoLlamaModel`].
+    `generate` for a model with `get_compressed_images` and `get_voco_mask`, see [`VoCoLlamaModel`], whose `forward`
+    takes `compressed_images`.
     """
 
     config: Any
-    device: Any
-    get_image_features: Any
+    get_compressed_images: Any
     get_voco_mask: Any
 
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str | None, generation_config
-    ) -> dict:
-        """Compresses the images of a `generate` call once, before they are expanded to beams or cut into chunks."""
-        mode = model_kwargs.get("attention_mode") or self.config.attention_mode
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        pixel_values: torch.Tensor | None = None,
+        voco_cache: VoCoCache | None = None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
+        attention_mode: str | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ):
+        """
+        See [`~transformers.GenerationMixin.generate`], and:
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Images in the order in which they stand in the batch. A later turn of a conversation brings its own, or
+                those of all turns again.
+            voco_cache ([`VoCoCache`], *optional*):
+                The images compressed already, instead of `pixel_values`.
+            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+                VoCo tokens of every image, or of each. By default the `<voco>` tokens are divided evenly.
+
+        Raises:
+            ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, a prompt ends with a cached image,
+                or `attention_mode` is not `"voco"`.
+        """
+        mode = self.config.attention_mode if attention_mode is None else attention_mode
         if mode != "voco":
             raise ValueError(
                 f'generate works in attention_mode="voco", got "{mode}"; to generate uncompressed, load these weights '
                 "into LlavaForConditionalGeneration"
             )
-        pixel_values, voco_cache, num_voco_tokens = (
-            model_kwargs.pop(name, None) for name in ("pixel_values", "voco_cache", "num_voco_tokens")
-        )
-        embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
-        # Read where the host is: one wait for the device instead of one for every number
-        voco_mask = self.get_voco_mask(inputs_tensor if embeds is None else None, embeds).cpu().numpy()
-        seen = self._num_seen_tokens(inputs_tensor, model_kwargs, generation_config)
-        if pixel_values is None and voco_cache is None:
-            num_new = int(voco_mask[:, seen:].sum())
-            is_checked = model_kwargs.get("mm_encoder_outputs") is None and not generation_config.is_assistant
-            if num_new > 0 and is_checked:
-                raise ValueError(f"the input has {num_new} <voco> tokens, but no pixel_values and no voco_cache")
-            return model_kwargs
+        if attention_mode is not None:
+            kwargs["attention_mode"] = attention_mode
         if pixel_values is not None and voco_cache is not None:
             raise ValueError("pass the images either as pixel_values or as a voco_cache, not both")
+        cache = next((kwargs.pop(name) for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
+        is_assistant = generation_config is not None and generation_config.is_assistant
+        if is_assistant:
+            # It is handed what the model that it drafts for was given, which need not fit it
+            kwargs.pop("compressed_images", None)
+        elif kwargs.get("compressed_images") is None:
+            kwargs["compressed_images"] = self._compress_new_images(
+                inputs if kwargs.get("input_ids") is None else kwargs["input_ids"],
+                kwargs.get("inputs_embeds"),
+                kwargs.get("attention_mask"),
+                num_seen_tokens(cache),
+                pixel_values,
+                voco_cache,
+                num_voco_tokens,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            )
+        if cache is not None:
+            kwargs[CACHE] = cache
+            if num_seen_tokens(cache) > 0 and not CHUNKS_FOLLOW_A_CACHE:
+                # In one piece: slower than wished for, but right
+                kwargs["prefill_chunk_size"] = None
+        with without_checkpointing(self):
+            return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _compress_new_images(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        num_cached: int,
+        pixel_values: torch.Tensor | None,
+        voco_cache: VoCoCache | None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None,
+        **vision_options,
+    ) -> CompressedImages | None:
+        """The images that the cache of earlier turns does not hold yet."""
+        if input_ids is None and inputs_embeds is None:
+            return None
+        # Read where the host is: one wait for the device instead of one for every number
+        voco_mask = self.get_voco_mask(input_ids if inputs_embeds is None else None, inputs_embeds).cpu().numpy()
+        # An input shorter than its mask is new altogether, as `generate` has it; any other begins with the history
+        repeats_history = (
+            inputs_embeds is not None or attention_mask is None or attention_mask.shape[1] == voco_mask.shape[1]
+        )
+        seen = num_cached if repeats_history else 0
+        if pixel_values is None and voco_cache is None:
+            num_new = int(voco_mask[:, seen:].sum())
+            if num_new > 0:
+                raise ValueError(f"the input has {num_new} <voco> tokens, but no pixel_values and no voco_cache")
+            return None
         if voco_cache is not None and voco_mask[:, -1].any():
             raise ValueError("a prompt that uses a voco_cache must end with text, but its last token is <voco>")
-
         given = pixel_values if voco_cache is None else voco_cache
         if voco_cache is not None and num_voco_tokens is None:
             num_voco_tokens = voco_cache.token_counts
         images, counts = find_new_images(voco_mask, seen, num_voco_tokens, len(given))
-        if images:
-            new = given if len(images) == len(given) else given[images]
-            model_kwargs["mm_encoder_outputs"] = {
-                "image": self.get_image_features(new.to(self.device), counts)
-                if voco_cache is None
-                else self.get_image_features(None, counts, new)
-            }
-        return model_kwargs
+        if not images:
+            return None
+        new = given if len(images) == len(given) else given[images]
+        pixels, cached = (new, None) if voco_cache is None else (None, new)
+        return self.get_compressed_images(pixels, cached, counts, voco_mask[:, seen:], num_cached, **vision_options)
 
-    @staticmethod
-    def _num_seen_tokens(inputs_tensor: torch.Tensor, model_kwargs: dict, generation_config) -> int:
-        """Leading tokens of the input that `past_key_values` holds already, as `generate` has it."""
-        past_key_values, attention_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if past_key_values is None:
-            return 0
-        # `generate` drops a mask of ones and keeps its length; an input shorter than the mask is new altogether
-        dropped_length = getattr(generation_config, "_mask_length", -1)
-        mask_length = dropped_length if attention_mask is None else attention_mask.shape[1]
-        repeats_history = inputs_tensor.ndim == 3 or mask_length == inputs_tensor.shape[1]
-        return int(past_key_values.get_seq_length()) if repeats_history else 0
-
-    def _expand_multimodal_outputs(
-        self,
-        input_ids: Any,
-        mm_encoder_output: dict,
-        expand_size: int = 1,
-        inputs_embeds: Any = None,
-    ) -> dict[str, dict]:
-        """Images are told apart by the `<voco>` tokens of each row, of which earlier turns have had theirs."""
-        images = mm_encoder_output.get("image")
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, *, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ) -> dict[str, Any]:
+        """See [`~transformers.GenerationMixin.prepare_inputs_for_generation`]."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        images = inputs.get("compressed_images")
+        # A pass without images is one over text: a compiled step of decoding never hears of them
         if images is not None:
-            embeds = inputs_embeds if input_ids is None or input_ids.numel() == 0 else None
-            voco_mask = self.get_voco_mask(input_ids if embeds is None else None, embeds)
-            # `<voco>` tokens from each column on: those of the images at hand stand in the last columns
-            left = voco_mask.sum(0).flip(0).cumsum(0).flip(0)
-            new = left <= sum(len(image) for image in images.pooler_output)
-            input_ids = input_ids[:, new] if embeds is None else input_ids
-            inputs_embeds = None if embeds is None else embeds[:, new]
-        return super()._expand_multimodal_outputs(  # type: ignore[misc]
-            input_ids, mm_encoder_output, expand_size, inputs_embeds
-        )
+            run = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            if not images.stand_in(num_seen_tokens(inputs.get(CACHE)), run.shape[1]):
+                del inputs["compressed_images"]
+        return inputs
+
+
+def num_seen_tokens(cache: Cache | None) -> int:
+    """Columns that a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def find_new_images(
@@ -134,4 +188,4 @@ def find_new_images(
     return list(range(num_images)), counts
 
 
-__all__ = ["VoCoLlamaGenerationMixin"]
+__all__ = ["VoCoLlamaGenerationMixin", "find_new_images", "num_seen_tokens"]

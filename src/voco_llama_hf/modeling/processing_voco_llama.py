@@ -1,5 +1,9 @@
 """Processor of VoCo-LLaMA: images, videos and text to the short sequence."""
 
+from .compat_voco_llama import VERSION  # noqa: F401
+
+
+# isort: split
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,8 +14,8 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
-from .attention_voco_llama import per_image_counts
 from .cache_voco_llama import VoCoCache
+from .layout_voco_llama import per_image_counts
 from .video_voco_llama import load_videos
 
 

@@ -1,0 +1,44 @@
+"""How a model computes in spite of what is done to its modules: weights elsewhere, layers that drop caches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def execution_device(module: torch.nn.Module) -> torch.device:
+    """
+    Where a module computes. Weights that accelerate offloads lie elsewhere, on disk with nothing but a shape in the
+    model; its hooks know the device that they are brought to.
+    """
+    devices = (hooked_device(submodule, None) for submodule in module.modules())
+    known = next((device for device in devices if device is not None), None)
+    return next(module.parameters()).device if known is None else known
+
+
+def hooked_device(module: torch.nn.Module, default: torch.device | None) -> torch.device | None:
+    """The device that a hook of accelerate brings the inputs of this very module to, `default` if it has none."""
+    # accelerate keeps its hooks under this name, one or several in a sequence, and has no public way to ask
+    hook = getattr(module, "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
+    known = [device for device in devices if device is not None]
+    return torch.device(known[0]) if known else default
+
+
+@contextmanager
+def without_checkpointing(module: torch.nn.Module) -> Iterator[None]:
+    """
+    Gradient checkpointing off meanwhile: checkpointed layers take no cache, which compressing and generating need. A
+    pass without gradients has nothing to save by it.
+    """
+    checkpointed = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False) is True]
+    for part in checkpointed:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in checkpointed:
+            part.gradient_checkpointing = True
+
+
+__all__ = ["execution_device", "hooked_device", "without_checkpointing"]
