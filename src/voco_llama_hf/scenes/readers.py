@@ -120,6 +120,30 @@ def _llava_reader(
     return read
 
 
+def uncompressed_video_reader(
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, frames: Sequence[Image.Image]
+) -> VideoReader:
+    """Reads videos as a LLaVA of the same weights does, from all vision tokens of all frames."""
+    llava = as_llava(model)
+    pixel_values = processor.image_processor(images=list(frames), return_tensors="pt").pixel_values
+    first = model.model.get_vision_features(pixel_values[:1].to(model.device, model.dtype))
+    frame = processor.voco_token * first.shape[1]
+    prefix = processor.tokenizer.decode(model.config.vision_prefix_token_ids)
+
+    def show(shown: list[list[int]]) -> Reader:
+        def read(questions: list[str], videos: list[int]) -> list[str]:
+            seen = [shown[video] for video in videos]
+            prompts = [
+                prompt.replace(processor.video_token, prefix + frame * len(indices))
+                for prompt, indices in zip(make_prompts(processor, questions, "video"), seen, strict=True)
+            ]
+            return read_llava(llava, processor, prompts, pixel_values[[index for row in seen for index in row]])
+
+        return read
+
+    return show
+
+
 def read_llava(
     llava: LlavaForConditionalGeneration, processor: VoCoLlamaProcessor, prompts: list[str], pixel_values: torch.Tensor
 ) -> list[str]:

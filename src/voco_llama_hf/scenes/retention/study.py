@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import Trainer
 
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..building import build_model
@@ -25,6 +26,8 @@ from .baselines import put_compressor
 
 CAUSAL = "causal"
 QUESTIONS = 6  # about an image, in a step
+LEARNING_RATE = 1e-3
+FROZEN = ("vision_tower",)
 # A LLaVA of the scenes
 BASE = Recipe(phases=SCENES_64.phases[:2])
 
@@ -40,6 +43,7 @@ class Arm:
         read_at (`tuple[int, ...]`): Numbers of VoCo tokens to evaluate.
         attention_mode (`str`): What text sees in training.
         compressor (`str`, *optional*): What stands behind the vision tower, see [`put_compressor`].
+        num_tokens (`int`): Tokens that it makes of an image.
         distillation_weight (`float`): Weight of the divergence from the model that all arms start from.
     """
 
@@ -48,6 +52,7 @@ class Arm:
     read_at: tuple[int, ...] = ()
     attention_mode: str = "voco"
     compressor: str | None = None
+    num_tokens: int = 1
     distillation_weight: float = 0.0
 
     @property
@@ -134,41 +139,47 @@ class Study:
     def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         model = build_model(self.processor, self.base)
         model.load_state_dict(load_weights(self.start))
+        torch.manual_seed(seed)
         if arm.compressor is not None:
-            torch.manual_seed(seed)
-            put_compressor(model, arm.compressor, num_tokens=1)
+            put_compressor(model, arm.compressor, arm.num_tokens)
         return model
 
     def _train(self, arm: Arm, seed: int, final: Path) -> None:
         model = self._untrained(arm, seed)
         model.config.attention_mode = arm.attention_mode
-        if self.compile:
-            compile_layers(model)
         name = final.name.removesuffix("-final")
-        phase = Phase(
+        phase = self._phase(arm, name)
+        if self.compile:
+            compile_layers(model, with_attention=not phase.two_stages)
+        trainer = self._trainer(model, arm, replace(self.base, seed=seed), phase)
+        start = time.monotonic()
+        log = run_phase(trainer)
+        seconds = time.monotonic() - start
+        save_phase(model, self.processor, PhaseLog(name=name, steps=self.steps, seconds=seconds, log=log), final)
+
+    def _phase(self, arm: Arm, name: str) -> Phase:
+        return Phase(
             name,
             self.steps,
-            1e-3,
+            LEARNING_RATE,
             "cosine",
             arm.num_voco_tokens,
             questions=QUESTIONS,
             describe=True,
             single=True,
-            freeze=("vision_tower",),
+            freeze=FROZEN,
         )
-        trainer = make_trainer(
+
+    def _trainer(self, model: VoCoLlamaForConditionalGeneration, arm: Arm, recipe: Recipe, phase: Phase) -> Trainer:
+        return make_trainer(
             model,
             self.processor,
-            replace(self.base, seed=seed),
+            recipe,
             phase,
-            self.work_dir / name,
+            self.work_dir / phase.name,
             distillation_weight=arm.distillation_weight,
             teacher=str(self.start) if arm.distillation_weight > 0 else "self",
         )
-        start = time.monotonic()
-        log = run_phase(trainer)
-        seconds = time.monotonic() - start
-        save_phase(model, self.processor, PhaseLog(name=name, steps=self.steps, seconds=seconds, log=log), final)
 
     def answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> ScenesResults:
         """How well an arm answers the questions of a split, measured or read from where it was written."""
