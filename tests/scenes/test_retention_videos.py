@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,15 +139,17 @@ def test_every_arm_has_as_many_tokens():
 def test_the_comparison_is_shown_written_and_drawn(tmp_path):
     scores = {name: dict.fromkeys(GROUPS, share) for name, share in (("all frames", 0.9), ("one frame", 0.5))}
     results = VideoResults("test", 3, dict.fromkeys(GROUPS, 4), {READING: scores})
-    comparison = VideoComparison(10, 0, {"VoCo, 2 a frame": results, "llama-vid": results})
+    other = replace(results, accuracy={READING: {name: dict.fromkeys(GROUPS, 0.8) for name in scores}})
+    comparison = VideoComparison(10, {"VoCo, 2 a frame": [results, other], "llama-vid": [results] * 2})
     console = Console(file=io.StringIO(), width=200)
     console.print(comparison.table())
     assert all(
-        word in console.file.getvalue() for word in ("VoCo, 2 a frame", "llama-vid", "blinks", "chance", "90.0")
+        word in console.file.getvalue()
+        for word in ("VoCo, 2 a frame", "llama-vid", "blinks", "chance", "85.0 ±7.1", "2 seeds")
     )
     comparison.save(tmp_path / "videos.md")
     head, _, first, *_ = (tmp_path / "videos.md").read_text().splitlines()
-    assert head.startswith("| arm | temporal |") and first.startswith("| VoCo, 2 a frame | 90.0 |")
+    assert head.startswith("| arm | temporal |") and first.startswith("| VoCo, 2 a frame | 85.0 ±7.1 |")
     comparison.plot(tmp_path / "videos.png")
     assert (tmp_path / "videos.png").read_bytes().startswith(b"\x89PNG")
 
@@ -154,8 +157,8 @@ def test_the_comparison_is_shown_written_and_drawn(tmp_path):
 @pytest.mark.slow
 def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     study = VideoStudy(tmp_path, steps=2, base=RECIPE, compile=False)
-    first = run_video_study(study, (2,), 0, "validation", 4, report=lambda what: None)
+    first = run_video_study(study, (2,), range(1), "validation", 4, report=lambda what: None)
     assert list(first.results) == [arm.name for arm in video_arms((2,))]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert run_video_study(study, (2,), 0, "validation", 4, report=lambda what: None) == first
+    assert run_video_study(study, (2,), range(1), "validation", 4, report=lambda what: None) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written

@@ -130,7 +130,7 @@ def add_levels(panel: Axes, shares: Sequence[float], i: int, number: int, label:
 def add_legend(figure: Figure, panel: Axes) -> None:
     """What the bars of all panels mean, above them."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False)
 
 
 def _places(num_groups: int, i: int, number: int) -> list[float]:

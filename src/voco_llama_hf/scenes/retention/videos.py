@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -25,6 +26,7 @@ from ..running import phase_options
 from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
 from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
+from .report import percent as mean_percent
 from .study import FROZEN, LEARNING_RATE, QUESTIONS, Arm, Study
 
 
@@ -118,7 +120,7 @@ def make_video_reader(
 
 
 def run_video_study(
-    study: VideoStudy, ks: Sequence[int], seed: int, split: str, limit: int, report: Callable[[str], None] = print
+    study: VideoStudy, ks: Sequence[int], seeds: range, split: str, limit: int, report: Callable[[str], None] = print
 ) -> VideoComparison:
     """
     Trains and asks all arms.
@@ -126,7 +128,7 @@ def run_video_study(
     Args:
         study ([`VideoStudy`]): Where and how.
         ks (`Sequence[int]`): Tokens a frame.
-        seed (`int`): Seed of the training.
+        seeds (`range`): Seeds of the training.
         split (`str`): Split to ask about.
         limit (`int`): Number of its videos.
         report (`Callable`): Told what is done next.
@@ -136,11 +138,13 @@ def run_video_study(
     """
     report("the model that all start from")
     study.prepare()
-    arms, results = video_arms(ks), {}
-    for i, arm in enumerate(arms):
-        report(f"{i + 1} of {len(arms)}: {arm.name}")
-        results[arm.name] = study.video_answers(arm, seed, split, limit)
-    return VideoComparison(study.steps, seed, results)
+    arms = video_arms(ks)
+    results: dict[str, list[VideoResults]] = {}
+    # Seed by seed, so that an interrupted study has whole tables
+    for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
+        report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
+        results.setdefault(arm.name, []).append(study.video_answers(arm, seed, split, limit))
+    return VideoComparison(study.steps, results)
 
 
 @dataclass
@@ -150,39 +154,48 @@ class VideoComparison:
 
     Args:
         steps (`int`): Steps that each was trained for.
-        seed (`int`): Seed of the training.
-        results (`dict[str, VideoResults]`): By name of the arm.
+        results (`dict[str, list[VideoResults]]`): By name of the arm, one a seed.
     """
 
     steps: int
-    seed: int
-    results: dict[str, VideoResults]
+    results: dict[str, list[VideoResults]]
+
+    def shares(self, arm: str, reading: str) -> dict[str, list[float]]:
+        """Exact match from 0 to 1 by family, one number a seed."""
+        scores = [results.accuracy[READING][reading] for results in self.results[arm]]
+        return {group: [by_group[group] for by_group in scores] for group in GROUPS if group in scores[0]}
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """What guessing gets right, by family."""
+        return chance(next(iter(self.results.values()))[0])
 
     def table(self) -> Table:
         """Exact match in percent, by family, with all frames, with one, and out of order."""
-        some = next(iter(self.results.values()))
+        some, *more = next(iter(self.results.values()))
         about = f"{some.split} split, {some.num_clips} videos of {NUM_FRAMES} frames, {self.steps} steps"
-        table = Table(title=f"Exact match, percent ({about})")
+        table = Table(title=f"Exact match, percent ({about}, {len(more) + 1} seed{'s' if more else ''})")
         for heading in ("arm", "frames shown"):
             table.add_column(heading, no_wrap=True)
         for group in GROUPS:
             table.add_column(group, justify="right")
-        for arm, results in self.results.items():
-            for reading, scores in results.accuracy[READING].items():
+        for arm in self.results:
+            for reading in some.accuracy[READING]:
                 name = arm if reading == ALL_FRAMES else ""
-                table.add_row(name, reading, *(percent(scores.get(group)) for group in GROUPS))
-        guesses = chance(some)
+                table.add_row(name, reading, *self._cells(arm, reading))
         table.add_section()
-        table.add_row("chance", "", *(percent(guesses.get(group)) for group in GROUPS))
+        table.add_row("chance", "", *(percent(self.chance.get(group)) for group in GROUPS))
         return table
 
     def to_markdown(self) -> str:
         """The table with all frames, for a page."""
         lines = [f"| arm | {' | '.join(GROUPS)} |", "| --- |" + " ---: |" * len(GROUPS)]
-        for arm, results in self.results.items():
-            scores = results.accuracy[READING][ALL_FRAMES]
-            lines.append(f"| {arm} | {' | '.join(percent(scores.get(group)) for group in GROUPS)} |")
+        lines += [f"| {arm} | {' | '.join(self._cells(arm, ALL_FRAMES))} |" for arm in self.results]
         return "\n".join(lines) + "\n"
+
+    def _cells(self, arm: str, reading: str) -> list[str]:
+        shares = self.shares(arm, reading)
+        return [mean_percent(shares[group]) if group in shares else "" for group in GROUPS]
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
@@ -194,11 +207,11 @@ class VideoComparison:
         """Draws what all frames tell, one group of bars a family."""
         figure = Figure(figsize=(11, 4), layout="constrained")
         (panel,) = add_panels(figure, ["all frames"], GROUPS)
-        for i, (arm, results) in enumerate(self.results.items()):
-            scores = results.accuracy[READING][ALL_FRAMES]
-            add_bars(panel, [scores.get(group, 0.0) for group in GROUPS], i, len(self.results), f"C{i}", arm)
-        guesses = chance(next(iter(self.results.values())))
-        add_levels(panel, [guesses[group] for group in GROUPS if group in guesses], 0, 1, "chance")
+        for i, arm in enumerate(self.results):
+            shares = self.shares(arm, ALL_FRAMES)
+            heights = [mean(shares[group]) if group in shares else 0.0 for group in GROUPS]
+            add_bars(panel, heights, i, len(self.results), f"C{i}", arm)
+        add_levels(panel, [self.chance[group] for group in GROUPS if group in self.chance], 0, 1, "chance")
         add_legend(figure, panel)
         with written_aside(path) as part:
             figure.savefig(part, dpi=150, format=path.suffix[1:])
