@@ -16,7 +16,7 @@ from voco_llama_hf.scenes.muon import MuonWithAdamW
 from voco_llama_hf.scenes.objects import COLOURS, SHAPES
 from voco_llama_hf.scenes.phases import average_weights, train
 from voco_llama_hf.scenes.publishing import publish
-from voco_llama_hf.scenes.recipe import RECIPES, SCENES_64, Phase
+from voco_llama_hf.scenes.recipe import SCENES_64, SCENES_576, Phase
 from voco_llama_hf.scenes.single_questions import SingleQuestionCollator
 from voco_llama_hf.scenes.still import make_scene, make_scenes
 from voco_llama_hf.training import VoCoDataCollator
@@ -183,9 +183,8 @@ def test_words_of_videos_become_tokens():
 @pytest.fixture(scope="module")
 def started():
     """A model and its processor that start from the embedded checkpoint and read a larger canvas."""
-    recipe = RECIPES["scenes-576"]
-    processor = build_processor(recipe)
-    return build_model(processor, recipe).eval(), processor
+    processor = build_processor(SCENES_576)
+    return build_model(processor, SCENES_576).eval(), processor
 
 
 def test_a_larger_canvas_starts_from_the_embedded_checkpoint(started):
@@ -300,3 +299,22 @@ def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
     assert model.dtype == torch.bfloat16
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_a_larger_canvas_trains_from_the_embedded_checkpoint(tmp_path):
+    phases = tuple(replace(phase, steps=1) for phase in SCENES_576.phases)
+    small = {"batch_size": 2, "vision_batch_size": 2, "num_validation_scenes": 4}
+    recipe = replace(
+        SCENES_576, phases=phases, vision_steps=1, num_test_scenes=2, num_test_clips=1, num_train_scenes=8, **small
+    )
+    train(recipe, tmp_path, compile=False)
+    publish(tmp_path, recipe, tmp_path / "checkpoint")
+    known = VoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "vision-final").model.vision_tower
+    model = VoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    for weight, other in zip(known.parameters(), model.model.vision_tower.parameters(), strict=True):
+        torch.testing.assert_close(other, weight, atol=0.02, rtol=0.01)  # frozen after its own training; bfloat16
+    assert "192x192" in (tmp_path / "checkpoint" / "README.md").read_text()
+    results = json.loads((tmp_path / "checkpoint" / "results.json").read_text())
+    assert results["recipe"]["canvas"]["side"] == 192
+    assert set(results["videos"]["accuracy"]) == {f"k={k}" for k in (1, 2, 4, 8)}

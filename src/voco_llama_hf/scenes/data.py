@@ -40,7 +40,7 @@ def vision_rows(recipe: Recipe, split: str) -> Dataset:
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
         scenes = [draw_scene(recipe, split, index, questions=1) for index in rows["index"]]
-        return {column: [scene[column] for scene in scenes] for column in ("image", "objects")}
+        return {"image": [scene["image"] for scene in scenes], "objects": [scene["objects"] for scene in scenes]}
 
     return drawn_rows(recipe, split, draw)
 
@@ -50,7 +50,10 @@ def phase_rows(recipe: Recipe, phase: Phase, split: str) -> Dataset:
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
         drawn = [draw_row(recipe, phase, split, index) for index in rows["index"]]
-        return {column: [row[column] for row in drawn] for column in drawn[0]}
+        messages = [row["messages"] for row in drawn]
+        if phase.videos:
+            return {"images": [row["images"] for row in drawn], "messages": messages}
+        return {"image": [row["image"] for row in drawn], "messages": messages}
 
     return drawn_rows(recipe, split, draw)
 

@@ -63,8 +63,11 @@ def patch_labels(objects: list[ObjectRow], patch_size: int, side: int) -> np.nda
     labels = np.empty((len(middles), len(middles), len(ATTRIBUTES)), dtype=np.int64)
     labels[:] = [len(values) for values in ATTRIBUTES.values()]
     for o in objects:
-        rows, columns = ((middles >= o[edge]) & (middles < o[edge] + o["pixels"]) for edge in ("top", "left"))
-        labels[np.ix_(rows, columns)] = [values.index(o[name]) for name, values in ATTRIBUTES.items()]
+        rows, columns = ((middles >= edge) & (middles < edge + o["pixels"]) for edge in (o["top"], o["left"]))
+        shown = (o["colour"], o["name"], o["size"])
+        labels[np.ix_(rows, columns)] = [
+            values.index(value) for values, value in zip(ATTRIBUTES.values(), shown, strict=True)
+        ]
     return labels.reshape(-1, len(ATTRIBUTES))
 
 

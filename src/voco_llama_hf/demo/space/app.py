@@ -11,8 +11,9 @@ from voco_llama_hf.demo.launch import launch
 
 name = os.environ.get("MODEL") or EMBEDDED_CHECKPOINT
 model = VoCoLlamaForConditionalGeneration.from_pretrained(name, dtype="auto")
-device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-engine = DemoEngine(model.to(device).eval(), VoCoLlamaProcessor.from_pretrained(name))
+if torch.cuda.is_available():
+    model.cuda()  # type: ignore[call-arg]  # whose wrapper in transformers has no type
+engine = DemoEngine(model.eval(), VoCoLlamaProcessor.from_pretrained(name))
 engine.warm_up()
 launch(
     engine,
