@@ -14,7 +14,6 @@ from datasets import Dataset
 from transformers import Trainer
 
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from ..building import build_model
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
 from ..phases import PhaseLog, compile_layers, final_dir, load_weights, make_trainer, save_phase, train
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
@@ -98,7 +97,7 @@ class Study:
         work_dir (`Path`): Folder of data, weights and answers; what an interrupted run has left is kept.
         steps (`int`): Optimizer steps of every arm.
         base ([`Recipe`], *optional*): How the model is trained that all arms start from.
-        trained_base (`Path`, *optional*): Folder of that model, of the shape of `base`, where it is trained already.
+        trained_base (`Path`, *optional*): Folder of that model, where it is trained already.
         compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
     """
 
@@ -137,8 +136,9 @@ class Study:
         return final_dir(self.work_dir, f"{arm.folder}-{self.steps}-steps-seed-{seed}")
 
     def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
-        model = build_model(self.processor, self.base)
-        model.load_state_dict(load_weights(self.start))
+        model = VoCoLlamaForConditionalGeneration.from_pretrained(
+            self.start, dtype=torch.float32, attn_implementation=self.base.attention
+        )
         torch.manual_seed(seed)
         if arm.compressor is not None:
             put_compressor(model, arm.compressor, arm.num_tokens)

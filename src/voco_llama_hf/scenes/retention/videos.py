@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
+import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -66,6 +67,7 @@ class VideoStudy(Study):
 
     def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         model = super()._untrained(arm, seed)
+        torch.manual_seed(seed)  # of new words, the same in all arms
         model.resize_token_embeddings(len(self.processor.tokenizer))
         return model
 
