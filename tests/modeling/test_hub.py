@@ -31,10 +31,12 @@ PARTS = (
     "compat",
     "configuration",
     "generation",
+    "images",
     "injection",
     "layout",
     "modeling",
     "outputs",
+    "pipeline",
     "processing",
     "rotation",
     "runtime",
@@ -46,6 +48,7 @@ SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """
 import importlib.util, json, sys
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils import logging
 
@@ -62,6 +65,11 @@ answers = {"classes": [type(part).__name__ for part in (config, processor, base,
 text, options = "<image>what?", {"max_new_tokens": 5}
 pipe = pipeline("image-text-to-text", model=folder, **trust)
 chat = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": "what?"}]}]
+answers["pipeline"] = type(pipe).__name__
+transparent = Image.new("RGBA", (9, 9), (0, 0, 0, 0))
+pixels = pipe.preprocess({"images": transparent, "text": text})["pixel_values"]
+white = processor(images=transparent, return_tensors="pt")["pixel_values"]
+answers["white"] = torch.equal(pixels, white) and bool((white > 1).all())
 answers["image"] = pipe(images=image, text=text, **options)[0]["generated_text"]
 answers["chat"] = pipe(text=chat, **options)[0]["generated_text"][-1]["content"]
 answers["k"] = pipe(text=chat, processor_kwargs={"num_voco_tokens": 3}, **options)[0]["generated_text"][-1]["content"]
@@ -127,8 +135,8 @@ def test_the_folder_holds_the_code(folder):
 def test_shipped_files_import_nothing_but_what_every_user_has(folder, name):
     import ast
 
-    # NumPy comes with transformers
-    allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"} | sys.stdlib_module_names
+    # NumPy comes with transformers, Pillow with whoever opens images
+    allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL"} | sys.stdlib_module_names
     for node in ast.walk(ast.parse((folder / name).read_text())):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -170,6 +178,7 @@ def test_loads_and_answers_without_the_package(folder, image, fresh_python, tmp_
         "VoCoLlamaForConditionalGeneration",
     ]
     assert answers["cache"] == answers["pixels"]
+    assert answers["pipeline"] == "VoCoLlamaPipeline" and answers["white"]
 
     # The same from the installed package, through other methods
     model = VoCoLlamaForConditionalGeneration.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What users of transformers' LLaVA expect of a class derived from it: arguments, outputs, Auto classes, placements."""
+"""What users of transformers' LLaVA expect of a class derived from it."""
 
 import inspect
 

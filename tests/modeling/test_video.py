@@ -201,7 +201,7 @@ def test_frames_of_a_cache_are_divided_among_videos():
         ({"text": "<video> what?"}, "no videos were passed"),
         ({"text": "what?", "videos": FRAMES}, "the text has 0 <video> tokens, but 1 videos were passed"),
         ({"text": "<video>", "videos": [FRAMES, FRAMES]}, "1 <video> tokens, but 2 videos"),
-        ({"text": "<video><image>", "videos": FRAMES}, "1 <image> tokens, but 0 images"),
+        ({"text": "<video><image>", "videos": FRAMES}, "1 <image> tokens, but no images"),
         ({"text": "<video>", "videos": FRAMES, "num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"text": "<video>", "videos": FRAMES, "fps": 0}, "fps must be above 0, got 0"),
         ({"text": "<video>", "videos": FRAMES, "fps": 2}, "fps needs a video that says how fast it is"),

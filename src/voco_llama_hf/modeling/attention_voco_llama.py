@@ -20,6 +20,8 @@ from transformers.masking_utils import and_masks, create_causal_mask
 from .configuration_voco_llama import layer_types, sliding_window
 
 
+# None where an attention needs no mask
+Mask = torch.Tensor | BlockMask | None
 MASKABLE_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
@@ -34,7 +36,7 @@ def create_ruled_mask(
     padding_mask: torch.Tensor | None,
     positions: torch.Tensor,
     rule: Callable,
-) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
+) -> Mask | dict[str, Mask]:
     """
     A finished mask of a whole sequence, in the form that the text model's attention takes: 4D, or a `BlockMask` for
     flex_attention; one for each kind of layers where some have a window.

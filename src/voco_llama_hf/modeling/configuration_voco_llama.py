@@ -10,6 +10,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
 
+from .pipeline_voco_llama import register_pipeline
+
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -141,5 +143,6 @@ def check_text_config(text_config: PreTrainedConfig) -> None:
 
 
 VoCoLlamaConfig.register_for_auto_class()
+register_pipeline()
 
 __all__ = ["VoCoLlamaConfig"]

@@ -88,8 +88,8 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
             if num_seen_tokens(cache) > 0 and not CHUNKS_FOLLOW_A_CACHE:
                 # In one piece: slower than wished for, but right
                 kwargs["prefill_chunk_size"] = None
-        with without_checkpointing(self):
-            return super().generate(inputs, generation_config, *args, **kwargs)
+        with without_checkpointing(self):  # type: ignore[arg-type]
+            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _compress_new_images(
         self,
@@ -119,7 +119,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
             return None
         if voco_cache is not None and voco_mask[:, -1].any():
             raise ValueError("a prompt that uses a voco_cache must end with text, but its last token is <voco>")
-        given = pixel_values if voco_cache is None else voco_cache
+        given: Any = pixel_values if voco_cache is None else voco_cache
         if voco_cache is not None and num_voco_tokens is None:
             num_voco_tokens = voco_cache.token_counts
         images, counts = find_new_images(voco_mask, seen, num_voco_tokens, len(given))
@@ -129,11 +129,13 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
         pixels, cached = (new, None) if voco_cache is None else (None, new)
         return self.get_compressed_images(pixels, cached, counts, voco_mask[:, seen:], num_cached, **vision_options)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: torch.LongTensor, *, inputs_embeds: torch.Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
         """See [`~transformers.GenerationMixin.prepare_inputs_for_generation`]."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         images = inputs.get("compressed_images")
         # A pass without images is one over text: a compiled step of decoding never hears of them
         if images is not None:

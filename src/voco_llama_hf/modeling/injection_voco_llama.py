@@ -62,10 +62,8 @@ class CompressedImages:
         order = np.lexsort((columns[tokens].repeat(times), rows.ravel()))
         tokens = tokens.repeat(times)[order]
         index = torch.from_numpy(tokens)
-        keys, values, hidden_states = (
-            states if states is None else states[index.to(states.device)]
-            for states in (self.keys, self.values, self.hidden_states)
-        )
+        keys, values = (states[index.to(states.device)] for states in (self.keys, self.values))
+        hidden_states = None if self.hidden_states is None else self.hidden_states[index.to(self.hidden_states.device)]
         return CompressedImages(
             keys, values, hidden_states, self.offsets[tokens], rows.ravel()[order], columns[tokens], batch_size
         )
@@ -78,8 +76,8 @@ class CompressionCache(Cache):
         super().__init__(layers=[])
         self.num_kept = num_kept
         # Places made at once: a list that grows would have compiled layers compiled again for each
-        self.keys: list[torch.Tensor | None] = [None] * num_layers
-        self.values: list[torch.Tensor | None] = [None] * num_layers
+        self.keys: list[torch.Tensor] = [torch.empty(0)] * num_layers
+        self.values: list[torch.Tensor] = [torch.empty(0)] * num_layers
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         self.keys[layer_idx] = key_states[:, :, -self.num_kept :].clone()

@@ -71,7 +71,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
     """
 
     def __init__(self, config: VoCoLlamaConfig):
-        check_text_config(config.text_config)
+        text_config: Any = config.text_config
+        check_text_config(text_config)
         super().__init__(config)
         self._fingerprint: tuple[tuple, dict[str, str]] | None = None
         self._rotation_is_checked = False
@@ -210,7 +211,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, or another model has made
                 `voco_cache`.
         """
-        given = pixel_values if voco_cache is None else voco_cache
+        given: Any = pixel_values if voco_cache is None else voco_cache
         if voco_cache is not None and num_voco_tokens is None:
             num_voco_tokens = voco_cache.token_counts
         counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
@@ -223,8 +224,8 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             keys, values, hidden_states = voco_cache.keys, voco_cache.values, None
         else:
             # With a gradient all of them stay in memory, however many are compressed at a time
-            batch_size = len(pixel_values) if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
-            keys, values, hidden_states = compress_images(self, pixel_values, counts, batch_size, **vision_options)
+            batch_size = len(given) if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
+            keys, values, hidden_states = compress_images(self, given, counts, batch_size, **vision_options)
         offsets = np.concatenate([np.arange(count) for count in counts])
         rows, columns = voco_mask.nonzero()
         return CompressedImages(keys, values, hidden_states, offsets, rows, columns + start, len(voco_mask))
@@ -279,7 +280,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             **self._fingerprint[1],
         }
 
-    def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """`(batch_size, sequence_length)` mask of the `<voco>` tokens of a sequence given as ids or as embeddings."""
         if input_ids is not None:
             return input_ids == self.config.voco_token_id
@@ -361,7 +362,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             )
         two_stages = self._runs_in_two_stages(two_stages, mode, use_cache, cache)
         language_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
-        vision_options = {
+        vision_options: dict[str, Any] = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
@@ -375,9 +376,9 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         (batch_size, length), start = inputs_embeds.shape[:2], num_seen_tokens(cache) if images_given else 0
         if pixel_values is not None or voco_cache is not None:
             # Read where the host is: one wait for the device instead of one for every number
-            voco_mask = self.get_voco_mask(input_ids, inputs_embeds).cpu().numpy()
+            on_host = self.get_voco_mask(input_ids, inputs_embeds).cpu().numpy()
             compressed_images = self.get_compressed_images(
-                pixel_values, voco_cache, num_voco_tokens, voco_mask, start, **vision_options
+                pixel_values, voco_cache, num_voco_tokens, on_host, start, **vision_options
             )
         if compressed_images is not None and compressed_images.stand_in(start, length):
             images = compressed_images.window(start, length, batch_size)

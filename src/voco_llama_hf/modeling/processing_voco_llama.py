@@ -6,21 +6,32 @@ from .compat_voco_llama import VERSION  # noqa: F401
 # isort: split
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, TextKwargs
+from transformers.tokenization_utils_base import TextInput
+from transformers.utils import logging
+from transformers.video_utils import VideoInput
 
 from .cache_voco_llama import VoCoCache
+from .images_voco_llama import load_images, warn_if_scaled
 from .layout_voco_llama import per_image_counts
 from .video_voco_llama import load_videos
 
 
+logger = logging.get_logger(__name__)
+
 MAX_VOCO_TOKENS = 576
 SAMPLING = ("num_frames", "fps", "do_sample_frames")
+BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping")
+# transformers marks so what a user wrote, with apply_chat_template(sanitize_control_tokens=True)
+UNMARKED = "(?<!\U000f0000)"
 
 
 def check_num_voco_tokens(counts: list[int]) -> None:
@@ -41,8 +52,22 @@ class VoCoLlamaImagesKwargs(ImagesKwargs, total=False):
     num_voco_tokens: int | list[int] | None
 
 
-class VoCoLlamaProcessorKwargs(ProcessingKwargs, total=False):
+class VoCoLlamaProcessorKwargs(ProcessingKwargs, TextKwargs, VoCoLlamaImagesKwargs, total=False):  # type: ignore[misc]
+    """
+    num_frames (`int` or `list[int]`, *optional*), fps (`float`, *optional*), do_sample_frames (`bool`, *optional*):
+        Which frames of videos are taken.
+    return_num_voco_tokens (`bool`, *optional*):
+        Whether the output says how many VoCo tokens each image has; by default what the processor's attribute of this
+        name says.
+    """
+
     images_kwargs: VoCoLlamaImagesKwargs  # type: ignore[misc]
+    num_frames: int | list[int] | None
+    fps: float | None
+    do_sample_frames: bool | None
+    return_num_voco_tokens: bool | None
+
+    _defaults = {}  # type: ignore[misc]  # noqa: RUF012  # transformers before 5.23 reads it
 
 
 class VoCoLlamaProcessor(ProcessorMixin):
@@ -84,6 +109,9 @@ class VoCoLlamaProcessor(ProcessorMixin):
 
     valid_processor_kwargs = VoCoLlamaProcessorKwargs  # type: ignore[assignment]
 
+    # Of a processor, not of a checkpoint: trainers that hand its output on to functions of fixed arguments unset it
+    return_num_voco_tokens = True
+
     def __init__(
         self,
         image_processor=None,
@@ -109,16 +137,18 @@ class VoCoLlamaProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
-        text: str | list[str] | None = None,
-        videos=None,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
         voco_cache: VoCoCache | None = None,
-        **kwargs,
+        **kwargs: Unpack[VoCoLlamaProcessorKwargs],
     ) -> BatchFeature:
         """
         Args:
             images (`ImageInput`, *optional*):
-                Images in the order in which they stand in the texts.
+                Images in the order in which they stand in the texts: paths, URLs, base64 strings, PIL images, arrays.
+                Transparency is put on white and 16-bit greys are scaled, however an image comes; files are turned as
+                their EXIF data says.
             text (`str` or `list[str]`, *optional*):
                 Texts, with `<image>` where an image stands.
             videos (`VideoInput`, *optional*):
@@ -128,6 +158,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
                 The images and frames compressed already, instead of `images` and `videos`.
             num_voco_tokens (`int` or `list[int]`, *optional*):
                 VoCo tokens of every image, or of each; the frames of a video are images.
+            return_num_voco_tokens (`bool`, *optional*):
+                Whether to return `num_voco_tokens`; by default what `processor.return_num_voco_tokens` says.
             num_frames, fps (`int` and `float`, *optional*):
                 Frames to sample from each video, in all or per second, at most what it has. By default
                 `processor.num_frames` from a file, and all frames of a list or array. With a `voco_cache`
@@ -135,125 +167,209 @@ class VoCoLlamaProcessor(ProcessorMixin):
             do_sample_frames (`bool`, *optional*):
                 `False` takes all frames of every video.
             kwargs:
-                What the image processor and the tokenizer take.
+                What the image processor and the tokenizer take, flat or as `images_kwargs` and `text_kwargs`.
 
         Returns:
             [`~transformers.BatchFeature`] with `input_ids`, `attention_mask`, `pixel_values` and `num_voco_tokens`
             (one number an image or frame), which [`VoCoLlamaForConditionalGeneration.generate`] takes as they are.
 
         Raises:
-            ValueError: if images and `<image>` tokens or videos and `<video>` tokens do not match, a video cannot be
-                read, or `num_voco_tokens` does not fit.
+            ValueError: if images and `<image>` tokens or videos and `<video>` tokens do not match, an image or a
+                video cannot be read, or `num_voco_tokens` does not fit.
         """
-        if isinstance(text, str):
-            text = [text]
-        if text is not None:
-            if not all(isinstance(sample, str) for sample in text):
-                raise ValueError("`text` must be a string or list of strings.")
-            if any(self.voco_token in sample for sample in text):
-                raise ValueError(f"write {self.image_token} where an image stands: {self.voco_token} is put in for it")
-        sampling = dict(kwargs.pop("videos_kwargs", {}))
-        sampling |= {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
-        placeholders: list[list[dict]] = []
-        if voco_cache is not None and text is not None:
-            text, placeholders = self._expand_cached_videos(text, voco_cache, sampling.get("num_frames"))
-        if videos is not None:
-            if voco_cache is not None:
-                raise ValueError("pass the videos either as videos or as a voco_cache, not both")
-            clips = load_videos(videos, default_num_frames=self.num_frames, **sampling)
-            images, text, placeholders = self._expand_videos(images, text, clips)
-        if text is not None:
-            text = [self._drop_bos(sample) for sample in text]
-        # Not among kwargs, which are copied deeply
-        if voco_cache is not None:
-            text, counts, cached = self._expand_cached_images(
-                images, text, voco_cache, kwargs.pop("num_voco_tokens", None)
-            )
-        if text is None or not self._adds_bos(kwargs) or not any(map(self._starts_with_image, text)):
-            outputs = super().__call__(images=images, text=text, **kwargs)
+        texts = self._check_text(text)
+        options = _Options.sort(kwargs, self)
+        if texts is None and images is None and videos is None:
+            raise ValueError("pass text, images or videos: there is nothing to process")
+        placeholders = self._find_placeholders(texts)
+        if voco_cache is None:
+            pictures, groups = self._load(images, videos, placeholders, options.sampling)
+            counts = self._counts(options.num_voco_tokens, len(pictures))
+        elif images is not None or videos is not None:
+            raise ValueError("pass images and videos either as they are or as a voco_cache, not both")
         else:
-            outputs = self._call_without_bos(images, text, kwargs)
-        if "text_replacement_offsets" in outputs:
-            replaced = outputs["text_replacement_offsets"] if voco_cache is None else cached
-            if placeholders:
-                replaced = [self._merge_offsets(*row) for row in zip(placeholders, replaced)]
-            outputs["text_replacement_offsets"] = replaced
-        if voco_cache is not None:
-            outputs = BatchFeature({**outputs, "num_voco_tokens": counts}, tensor_type=kwargs.get("return_tensors"))
-        return outputs
+            pictures, counts = [], voco_cache.resolve(options.num_voco_tokens)
+            groups = self._group_cached(placeholders, len(voco_cache), options.sampling.get("num_frames"))
+        outputs: dict[str, Any] = {}
+        offsets: list[list[dict]] = []
+        if texts is not None and placeholders is not None:
+            texts, offsets = self._expand(texts, placeholders, groups, counts)
+            outputs |= self._tokenize(texts, options)
+        if pictures:
+            outputs |= self._process(pictures, **options.images)
+        if counts and self._returns_counts(options.return_num_voco_tokens, counts):
+            outputs["num_voco_tokens"] = counts
+        batch = BatchFeature(outputs, tensor_type=options.return_tensors)
+        if options.return_text_replacement_offsets:
+            batch["text_replacement_offsets"] = offsets
+        return batch
 
-    def _expand_videos(
-        self, images: Any, text: list[str] | None, clips: list[list]
-    ) -> tuple[list, list[str] | None, list[list[dict]]]:
-        """
-        Frames among the images, where their videos stand in the text, and `<image>` tokens in place of each `<video>`.
-        """
-        flat: list[Any] = []
-        if images is not None:
-            fetched: Any = make_flat_list_of_images(self.image_processor.fetch_images(images))
-            flat = list(fetched)
+    def _check_text(self, text: TextInput | list[TextInput] | None) -> list[str] | None:
         if text is None:
-            return [*flat, *(frame for clip in clips for frame in clip)], None, []
-        for token, number, name in ((self.image_token, len(flat), "images"), (self.video_token, len(clips), "videos")):
-            found = sum(sample.count(token) for sample in text)
-            if found != number:
-                raise ValueError(f"the text has {found} {token} tokens, but {number} {name} were passed")
-        replaced: Any = self.get_text_with_replacements(
-            list(text), [self.image_token] * len(flat), [self.image_token * len(clip) for clip in clips]
-        )
-        text, placeholders = replaced
-        pictures, films = iter(flat), iter(clips)
-        ordered: list[Any] = []
-        for placeholder in (placeholder for row in placeholders for placeholder in row):
-            ordered += [next(pictures)] if placeholder["type"] == "image" else next(films)
-        return ordered, text, placeholders
+            return None
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
+            raise ValueError("`text` must be a string or list of strings.")
+        if any(re.search(UNMARKED + re.escape(self.voco_token), sample) for sample in texts):
+            raise ValueError(f"write {self.image_token} where an image stands: {self.voco_token} is put in for it")
+        return list(texts)
 
-    def _expand_cached_videos(
-        self, text: list[str], voco_cache: VoCoCache, num_frames: int | list[int] | None
-    ) -> tuple[list[str], list[list[dict]]]:
-        """`<image>` tokens in place of each `<video>`; what no `<image>` stands for are frames."""
-        num_videos = sum(sample.count(self.video_token) for sample in text)
-        if num_videos == 0:
-            return text, []
-        num_images = sum(sample.count(self.image_token) for sample in text)
-        total = len(voco_cache) - num_images
+    def _find_placeholders(self, texts: list[str] | None) -> list[list[re.Match]] | None:
+        """The `<image>` and `<video>` tokens of each text."""
+        if texts is None:
+            return None
+        image, video = re.escape(self.image_token), re.escape(self.video_token)
+        pattern = re.compile(f"{UNMARKED}(?:(?P<image>{image})|(?P<video>{video}))")
+        return [list(pattern.finditer(sample)) for sample in texts]
+
+    def _load(
+        self,
+        images: ImageInput | None,
+        videos: VideoInput | None,
+        placeholders: list[list[re.Match]] | None,
+        sampling: dict[str, Any],
+    ) -> tuple[list[Any], list[int]]:
+        """Images and frames in the order of their placeholders, and how many each placeholder stands for."""
+        pictures = [] if images is None else load_images(images)
+        clips = []
+        if videos is not None:
+            clips = [load_images(clip) for clip in load_videos(videos, default_num_frames=self.num_frames, **sampling)]
+        if placeholders is None:
+            return [*pictures, *(frame for clip in clips for frame in clip)], []
+        kinds = [match.lastgroup for row in placeholders for match in row]
+        for token, kind, number, given in (
+            (self.image_token, "image", len(pictures), images),
+            (self.video_token, "video", len(clips), videos),
+        ):
+            if (found := kinds.count(kind)) != number:
+                passed = "no" if given is None else number
+                raise ValueError(f"the text has {found} {token} tokens, but {passed} {kind}s were passed")
+        stills, films = iter(pictures), iter(clips)
+        ordered = [[next(stills)] if kind == "image" else next(films) for kind in kinds]
+        return [picture for group in ordered for picture in group], [len(group) for group in ordered]
+
+    def _group_cached(
+        self, placeholders: list[list[re.Match]] | None, num_cached: int, num_frames: int | list[int] | None
+    ) -> list[int]:
+        """How many compressed images each placeholder stands for: what no `<image>` stands for are frames."""
+        kinds = [match.lastgroup for row in placeholders or [] for match in row]
+        num_images, num_videos = kinds.count("image"), kinds.count("video")
+        total = num_cached - num_images
+        if num_videos == 0 and total != 0:
+            raise ValueError(
+                f"the text has {num_images} {self.image_token} tokens, but the voco_cache has {num_cached} images"
+            )
         if num_frames is None:
-            num_frames = max(total, 0) // num_videos
+            num_frames = max(total, 0) // max(num_videos, 1)
         frames = [num_frames] * num_videos if isinstance(num_frames, int) else list(num_frames)
-        if len(frames) != num_videos or sum(frames) != total or min(frames) < 1:
+        if num_videos and (len(frames) != num_videos or sum(frames) != total or min(frames) < 1):
             raise ValueError(
                 f"{num_videos} {self.video_token} tokens of {frames} frames and {num_images} {self.image_token} "
-                f"tokens do not fit a voco_cache of {len(voco_cache)} images: pass num_frames, one number a video"
+                f"tokens do not fit a voco_cache of {num_cached} images: pass num_frames, one number a video"
             )
-        images = [self.image_token] * num_images
-        replaced: Any = self.get_text_with_replacements(
-            list(text), images, [self.image_token * number for number in frames]
+        films = iter(frames)
+        return [1 if kind == "image" else next(films) for kind in kinds]
+
+    def _counts(self, num_voco_tokens: int | list[int] | None, num_images: int) -> list[int]:
+        """VoCo tokens of each image."""
+        counts = per_image_counts(self.num_voco_tokens if num_voco_tokens is None else num_voco_tokens, num_images)
+        check_num_voco_tokens(counts)
+        return counts
+
+    def _returns_counts(self, asked: bool | None, counts: list[int]) -> bool:
+        returned = self.return_num_voco_tokens if asked is None else asked
+        if not returned and len(set(counts)) > 1:
+            raise ValueError(
+                f"without num_voco_tokens in the output every image needs the same number of VoCo tokens, got {counts}"
+            )
+        return returned
+
+    def _expand(
+        self, texts: list[str], placeholders: list[list[re.Match]], groups: list[int], counts: list[int]
+    ) -> tuple[list[str], list[list[dict]]]:
+        """`<voco>` tokens in place of each placeholder, and where it was and they are, as transformers says it."""
+        sizes, numbers = iter(groups), iter(counts)
+        expanded, offsets = [], []
+        for sample, row in zip(texts, placeholders):
+            last = self._bos_length(sample, row)
+            parts, spans, length = [], [], 0
+            for match in row:
+                tokens = self.voco_token * sum(islice(numbers, next(sizes)))
+                parts += [sample[last : match.start()], tokens]
+                start = length + match.start() - last
+                length, last = start + len(tokens), match.end()
+                span = {"type": match.lastgroup, "span": match.span(), "new_span": (start, length)}
+                spans.append({**span, "text": match.group(), "replacement": tokens})
+            expanded.append("".join([*parts, sample[last:]]))
+            offsets.append(spans)
+        return expanded, offsets
+
+    def _bos_length(self, sample: str, row: list[re.Match]) -> int:
+        """Characters of a BOS token that a chat template wrote, where an image stands right behind it."""
+        bos = self.tokenizer.bos_token
+        return len(bos) if bos and row and row[0].start() == len(bos) and sample.startswith(bos) else 0
+
+    def _tokenize(self, texts: list[str], options: "_Options") -> dict[str, Any]:
+        """Tokens as lists: padded behind the BOS tokens that were taken off the rows that start with an image."""
+        unpadded = {**options.text, "padding": False, "return_tensors": None}
+        outputs = dict(self.tokenizer(texts, **unpadded))
+        if self._adds_bos(options.text):
+            image_first = [sample.startswith(self.voco_token) for sample in texts]
+            for name in BY_TOKEN:
+                if name in outputs:
+                    outputs[name] = [row[1:] if first else row for row, first in zip(outputs[name], image_first)]
+        self._check_truncation(texts, outputs["input_ids"])
+        if options.text.get("padding", False) is not False:
+            outputs |= self._pad(outputs, options.text)
+        if options.return_mm_token_type_ids:
+            outputs["mm_token_type_ids"] = [
+                [int(token == self.image_token_id) for token in row] for row in outputs["input_ids"]
+            ]
+        return outputs
+
+    def _adds_bos(self, text_options: dict[str, Any]) -> bool:
+        if not text_options.get("add_special_tokens", True) or self.tokenizer.bos_token_id is None:
+            return False
+        return self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
+
+    def _check_truncation(self, texts: list[str], input_ids: list[list[int]]) -> None:
+        """Truncation must not cut an image apart."""
+        for sample, ids in zip(texts, input_ids):
+            expected = len(re.findall(UNMARKED + re.escape(self.voco_token), sample))
+            if (found := ids.count(self.image_token_id)) != expected:
+                raise ValueError(
+                    f"the text has {expected} {self.voco_token} tokens, but only {found} are left after truncation: "
+                    "increase max_length or turn truncation off"
+                )
+
+    def _pad(self, outputs: dict[str, Any], text_options: dict[str, Any]) -> dict[str, Any]:
+        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+        padded = self.tokenizer.pad(
+            {name: outputs[name] for name in BY_TOKEN if name in outputs and name != "offset_mapping"},
+            **{name: text_options[name] for name in names if text_options.get(name) is not None},
         )
-        return replaced
+        if "offset_mapping" not in outputs:
+            return dict(padded)
+        side = text_options.get("padding_side") or self.tokenizer.padding_side
+        offsets = []
+        for row, ids in zip(outputs["offset_mapping"], padded["input_ids"]):
+            blank = [(0, 0)] * (len(ids) - len(row))
+            offsets.append(blank + row if side == "left" else row + blank)
+        return {**padded, "offset_mapping": offsets}
 
-    def _merge_offsets(self, placeholders: list[dict], replaced: list[dict]) -> list[dict]:
-        """What became of each placeholder, from what became of the `<image>` tokens that it was expanded to."""
-        images = iter(replaced)
-        merged = []
-        for placeholder in placeholders:
-            parts = list(islice(images, placeholder["replacement"].count(self.image_token)))
-            merged.append(
-                {
-                    **placeholder,
-                    "new_span": (parts[0]["new_span"][0], parts[-1]["new_span"][1]),
-                    "replacement": "".join(part["replacement"] for part in parts),
-                }
-            )
-        return merged
+    def _process(self, pictures: list[Any], **kwargs: Any) -> BatchFeature:
+        if kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", False)):
+            warn_if_scaled(pictures)
+        return self.image_processor(pictures, **kwargs)
 
-    def iter_pixel_values(self, frames: Iterable, batch_size: int = 16, **kwargs) -> Iterator[torch.Tensor]:
+    def iter_pixel_values(self, frames: Iterable, batch_size: int = 16, **kwargs: Any) -> Iterator[torch.Tensor]:
         """
         Frames as [`VoCoLlamaForConditionalGeneration.compress`] takes them, a few at a time: a long video, read as it
         is decoded, is never in memory.
 
         Args:
             frames (`Iterable`):
-                Images of any kind that the image processor takes.
+                Images of any kind that the processor takes.
             batch_size (`int`, *optional*, defaults to 16):
                 Frames at a time.
             kwargs:
@@ -264,87 +380,45 @@ class VoCoLlamaProcessor(ProcessorMixin):
         """
         frames = iter(frames)
         while batch := list(islice(frames, batch_size)):
-            yield self.image_processor(batch, return_tensors="pt", **kwargs)["pixel_values"]
+            yield self._process(load_images(batch), return_tensors="pt", **kwargs)["pixel_values"]
 
-    def _expand_cached_images(
-        self, images, text, voco_cache: VoCoCache, num_voco_tokens
-    ) -> tuple[list[str], list[int], list[list[dict]]]:
-        if images is not None:
-            raise ValueError("pass the images either as images or as a voco_cache, not both")
-        counts = voco_cache.resolve(num_voco_tokens)
-        num_images = sum(sample.count(self.image_token) for sample in text or [])
-        if num_images != len(voco_cache):
-            raise ValueError(
-                f"the text has {num_images} {self.image_token} tokens, but the voco_cache has {len(voco_cache)} images"
-            )
-        replaced: Any = self.get_text_with_replacements(text or [], [self.voco_token * count for count in counts])
-        text, offsets = replaced
-        return text, counts, offsets
+    # The name by which vLLM's and SGLang's backends for models of transformers ask
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[list[int]] | None = None, num_voco_tokens: int | list[int] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """
+        What images cost in `input_ids`, whatever their size.
 
-    def _process_images(self, images, num_voco_tokens=None, **kwargs):
-        flat_images: Any = make_flat_list_of_images(images)
-        num_images = len(flat_images)
-        counts = per_image_counts(self.num_voco_tokens if num_voco_tokens is None else num_voco_tokens, num_images)
-        check_num_voco_tokens(counts)
-        processed = self.image_processor(images, **kwargs)
-        processed["num_voco_tokens"] = counts
-        return processed, [self.voco_token * count for count in counts]
-
-    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]):
-        """Truncation must not cut an image apart."""
-        for sample, ids in zip(text, text_inputs["input_ids"]):
-            expected = len(re.findall(re.escape(self.voco_token), sample))
-            found = list(ids).count(self.image_token_id)
-            if found != expected:
-                raise ValueError(
-                    f"the text has {expected} {self.voco_token} tokens, but only {found} are left after truncation: "
-                    "increase max_length or turn truncation off"
-                )
-
-    def _starts_with_image(self, sample: str) -> bool:
-        return sample.startswith((self.image_token, self.voco_token))
-
-    def _drop_bos(self, sample: str) -> str:
-        """A chat template may write the BOS token itself."""
-        bos = self.tokenizer.bos_token
-        without = sample.removeprefix(bos) if bos is not None else sample
-        return without if self._starts_with_image(without) else sample
-
-    def _adds_bos(self, kwargs: dict) -> bool:
-        text_kwargs = {**kwargs.get("text_kwargs", {}), **kwargs}
-        if not text_kwargs.get("add_special_tokens", True) or self.tokenizer.bos_token_id is None:
-            return False
-        return self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
-
-    def _call_without_bos(self, images, text: list[str], kwargs: dict) -> BatchFeature:
-        """Tokenizes row by row, takes the BOS off the rows that start with an image, and pads what is left."""
-        text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
-        image_first = [self._starts_with_image(sample) for sample in text]
-        unpadded = {**kwargs, "padding": False, "return_tensors": None}
-        unpadded["text_kwargs"] = {
-            name: value for name, value in kwargs.get("text_kwargs", {}).items() if name not in unpadded
-        }
-        outputs = super().__call__(images=images, text=text, **unpadded)
-        by_token = [name for name in ("input_ids", "attention_mask", "offset_mapping") if name in outputs]
-        for name in by_token:
-            outputs[name] = [row[1:] if first else row for row, first in zip(outputs[name], image_first)]
-        padded = self.tokenizer.pad(
-            {name: outputs[name] for name in by_token},
-            padding=text_kwargs.get("padding", False),
-            max_length=text_kwargs.get("max_length"),
-            pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
-            padding_side=text_kwargs.get("padding_side"),
-        )
-        return BatchFeature({**outputs, **padded}, tensor_type=text_kwargs.get("return_tensors"))
+        Args:
+            image_sizes (`list[list[int]]`, *optional*):
+                Height and width of each image.
+            num_voco_tokens (`int` or `list[int]`, *optional*):
+                VoCo tokens of every image, or of each.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        counts = self._counts(num_voco_tokens, len(image_sizes))
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def apply_chat_template(self, *args, **kwargs):
-        """See [`~transformers.ProcessorMixin.apply_chat_template`]."""
-        if not kwargs.get("return_assistant_tokens_mask"):
-            return super().apply_chat_template(*args, **kwargs)
+        """
+        See [`~transformers.ProcessorMixin.apply_chat_template`].
+
+        Raises:
+            ValueError: if the template cannot be read, or fails on the conversation.
+        """
         # Lists first: transformers walks over the offsets of every token, which takes long for tensors
-        return_tensors = kwargs.pop("return_tensors", None)
-        outputs: Any = super().apply_chat_template(*args, **kwargs)
-        return outputs.convert_to_tensors(return_tensors)
+        in_lists = kwargs.get("return_assistant_tokens_mask") and kwargs.get("return_dict")
+        return_tensors = kwargs.pop("return_tensors", None) if in_lists else None
+        try:
+            outputs: Any = super().apply_chat_template(*args, **kwargs)
+        except Exception as error:
+            if not _is_of_template(error):
+                raise
+            raise ValueError(
+                f"the chat template fails on this conversation: {error or type(error).__name__}"
+            ) from error
+        return outputs.convert_to_tensors(return_tensors) if in_lists else outputs
 
     def to_dict(self) -> dict:
         # AutoProcessor looks here first, and finds the code without a model next to it
@@ -352,7 +426,76 @@ class VoCoLlamaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "num_voco_tokens"]
+        names = super().model_input_names
+        return [*names, "num_voco_tokens"] if self.return_num_voco_tokens else names
+
+
+def _is_of_template(error: Exception) -> bool:
+    """Whether Jinja raised an error, or the code that it makes of a template (whose frames are called so)."""
+    frame, inside = error.__traceback__, False
+    while frame is not None and not inside:
+        inside = frame.tb_frame.f_code.co_filename == "<template>"
+        frame = frame.tb_next
+    return inside or type(error).__module__.partition(".")[0] == "jinja2"
+
+
+@dataclass
+class _Options:
+    """The keyword arguments of a call, by who takes them."""
+
+    text: dict[str, Any]
+    images: dict[str, Any]
+    sampling: dict[str, Any]
+    num_voco_tokens: int | list[int] | None
+    return_num_voco_tokens: bool | None
+    return_text_replacement_offsets: bool
+    return_mm_token_type_ids: bool
+    return_tensors: str | None
+
+    @classmethod
+    def sort(cls, kwargs: Any, processor: VoCoLlamaProcessor) -> "_Options":
+        """
+        As transformers sorts them: flat, as `text_kwargs`, `images_kwargs` and `videos_kwargs`, or as `common_kwargs`;
+        what nobody takes is warned of.
+
+        Raises:
+            ValueError: if one is given twice, or there is audio.
+        """
+        flat = dict(kwargs)
+        if flat.pop("audio", None) is not None:
+            raise ValueError("there is no audio in this model: pass text, images and videos")
+        tokenizer, image_processor = processor.tokenizer, processor.image_processor
+        names = {
+            "text": set(TextKwargs.__annotations__),
+            "images": {*VoCoLlamaImagesKwargs.__annotations__, *image_processor.valid_kwargs.__annotations__},
+            "videos": set(SAMPLING),
+        }
+        parts = {part: dict(flat.pop(f"{part}_kwargs", None) or {}) for part in (*names, "audio")}
+        common = flat.pop("common_kwargs", None) or {}
+        return_num_voco_tokens = flat.pop("return_num_voco_tokens", None)
+        for part, known in names.items():
+            if twice := parts[part].keys() & flat.keys() & known:
+                raise ValueError(f"{', '.join(sorted(twice))} is passed twice: by itself and in {part}_kwargs")
+            given = {name: value for name, value in flat.items() if name in known}
+            parts[part] = {**common, **given, **parts[part]} if part != "videos" else {**given, **parts[part]}
+        for name in flat.keys() - set.union(*names.values()):
+            logger.warning_once(f"`{name}` is no keyword argument of {type(processor).__name__}, and is ignored.")
+        stored = {name: value for name, value in tokenizer.init_kwargs.items() if name in names["text"]}
+        text = {**{name: getattr(tokenizer, name, value) for name, value in stored.items()}, **parts["text"]}
+        images = parts["images"]
+        validate_typed_dict(TextKwargs, text)  # type: ignore[type-var]
+        counts = images.pop("num_voco_tokens", None)
+        validate_typed_dict(VoCoLlamaImagesKwargs, {"num_voco_tokens": counts})  # type: ignore[type-var]
+        return cls(
+            return_text_replacement_offsets=bool(text.pop("return_text_replacement_offsets", False)),
+            return_mm_token_type_ids=bool(text.pop("return_mm_token_type_ids", False)),
+            return_tensors=text.pop("return_tensors", None) or images.get("return_tensors"),
+            text=text,
+            images=images,
+            sampling={name: value for name, value in parts["videos"].items() if name in SAMPLING},
+            num_voco_tokens=counts,
+            return_num_voco_tokens=return_num_voco_tokens,
+        )
 
 
 VoCoLlamaProcessor.register_for_auto_class()

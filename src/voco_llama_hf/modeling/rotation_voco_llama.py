@@ -67,7 +67,7 @@ def check_rotation(model: "VoCoLlamaModel") -> None:
     positions = torch.tensor([[0], [distance]], device=device)
     model.language_model(inputs_embeds=token, position_ids=positions, use_cache=True, **{CACHE: kept})
     for key in kept.keys:
-        if key is None or not _is_moved(key[:1, :, 0].float(), key[1:, :, 0].float(), positions[1], model):
+        if key.numel() == 0 or not _is_moved(key[:1, :, 0].float(), key[1:, :, 0].float(), positions[1], model):
             raise ValueError(
                 f"the keys of {config.model_type} cannot be moved to other positions: VoCo-LLaMA needs a text model "
                 "that rotates whole keys in every layer"

@@ -99,7 +99,7 @@ def run_second_stage(
     cache: Cache | None,
     use_cache: bool,
     text_groups: torch.Tensor | None,
-    attention_mask: torch.Tensor | dict | None,
+    attention_mask: Any,
     position_ids: torch.Tensor | None,
     **kwargs,
 ) -> VoCoLlamaModelOutputWithPast:
@@ -123,7 +123,7 @@ def run_second_stage(
     """
     cache = DynamicCache(config=model.config.text_config) if cache is None else cache
     (batch_size, length), device = inputs_embeds.shape[:2], inputs_embeds.device
-    mask = attention_mask
+    mask: Any = attention_mask
     if text_groups is not None:
         position_ids = group_positions(text_groups) if position_ids is None else position_ids
         rule = text_group_function(text_groups)
@@ -137,9 +137,8 @@ def run_second_stage(
     num_front = count_front_columns(images, length, attention_mask)
     num_left_out = 0 if _runs_all(model, num_front, length, mask, kwargs) else num_front
     in_front, among = split_tokens(images.columns < num_front, device)
-    front = tuple(
-        place_tokens(kind[in_front], rows[in_front], columns[in_front], (batch_size, num_front)) for kind in states
-    )
+    places = rows[in_front], columns[in_front], (batch_size, num_front)
+    front = place_tokens(states[0][in_front], *places), place_tokens(states[1][in_front], *places)
     if num_left_out > 0:
         _fill(cache, front, model.language_model)
     injection = InjectionCache(
@@ -158,15 +157,16 @@ def run_second_stage(
         **kwargs,
     )
     hidden_states, all_hidden_states = _with_voco_states(outputs, images, rows, columns, num_left_out)
+    named_cache: dict[str, Any] = {CACHE: cache if use_cache else None}
     return VoCoLlamaModelOutputWithPast(
         last_hidden_state=hidden_states,
         hidden_states=all_hidden_states,
         attentions=outputs.attentions,
-        **{CACHE: cache if use_cache else None},
+        **named_cache,
     )
 
 
-def _fill(cache: Cache, front: tuple[torch.Tensor, ...], language_model: torch.nn.Module) -> None:
+def _fill(cache: Cache, front: tuple[torch.Tensor, ...], language_model: Any) -> None:
     """Puts the keys and values of columns that are not run into a cache, each layer's where it computes."""
     common = hooked_device(language_model, front[0].device)
     for index, (layer, keys, values) in enumerate(zip(language_model.layers, *map(by_layer, front))):
@@ -211,7 +211,7 @@ def count_front_columns(images: CompressedImages, length: int, attention_mask: A
     Columns that hold nothing but images, or padding, in every row, in front of all others. Padding is known if
     [`tells_padding`].
     """
-    is_text = np.ones((images.batch_size, length), dtype=bool)
+    is_text: Any = np.ones((images.batch_size, length), dtype=bool)
     is_text[images.rows, images.columns] = False
     if tells_padding(attention_mask):
         is_text &= attention_mask[:, -length:].bool().cpu().numpy()

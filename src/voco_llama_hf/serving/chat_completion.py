@@ -5,7 +5,6 @@ import copy
 from functools import partial
 from typing import Any
 
-import jinja2
 import torch
 from fastapi import HTTPException
 from openai.types.completion_usage import PromptTokensDetails
@@ -111,8 +110,8 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
     def _prompt(self, messages: list[dict]) -> str:
         try:
             return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise HTTPException(400, f"the chat template of this model refuses the messages: {error}") from error
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
 
     async def _compressed(self, manager: Any, content: bytes, num_voco_tokens: int) -> tuple[VoCoCache, bool]:
         """An image that was seen before, or is decoded and compressed now; and whether it was known."""
