@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,6 +24,8 @@ def phase_options(
         "warmup_steps": min(100, steps // 5),
         "weight_decay": 0.05,
         "bf16": True,
+        # Without an accelerator there is no other device, but bfloat16 asks for it to be said
+        "use_cpu": not torch.accelerator.is_available(),
         "remove_unused_columns": False,
         "dataloader_num_workers": recipe.num_workers,
         "dataloader_persistent_workers": recipe.num_workers > 0,

@@ -120,7 +120,6 @@ def train_vision_tower(
         **phase_options(recipe, output_dir, recipe.vision_steps, recipe.vision_batch_size),
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
-        use_cpu=not torch.cuda.is_available(),
     )
     trainer = MuonTrainer(
         PatchClassifier(vision_tower),
