@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import disable_progress_bars
 from scenes.recipe import RECIPE
+from transformers import Trainer, TrainingArguments
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.scenes.building import add_tokens, build_model, build_processor, enlarge_positions, grid_waves
@@ -17,6 +18,7 @@ from voco_llama_hf.scenes.objects import COLOURS, SHAPES
 from voco_llama_hf.scenes.phases import average_weights, train
 from voco_llama_hf.scenes.publishing import publish
 from voco_llama_hf.scenes.recipe import SCENES_64, SCENES_576, Phase
+from voco_llama_hf.scenes.running import phase_options, run_phase, seconds_spent
 from voco_llama_hf.scenes.single_questions import SingleQuestionCollator
 from voco_llama_hf.scenes.still import make_scene, make_scenes
 from voco_llama_hf.training import VoCoDataCollator
@@ -269,6 +271,30 @@ def test_optimizer_moves_every_parameter_once_and_resumes(processor):
     optimizer.step()
     resumed.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+class Zeros(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, number):
+        return {"loss": (self.weight - number).square().mean()}
+
+
+def test_an_interrupted_phase_goes_on_and_its_seconds_add_up(tmp_path):
+    def trainer(steps):
+        options = phase_options(replace(RECIPE, save_steps=1, num_workers=0), tmp_path, steps, batch_size=1)
+        args = TrainingArguments(**{**options, "eval_strategy": "no", "logging_steps": 1})
+        return Trainer(Zeros(), args, train_dataset=[{"number": 1.0}] * 8)
+
+    first = run_phase(trainer(2))
+    spent = seconds_spent(first)
+    assert spent > 0
+    again = run_phase(trainer(4))
+    assert [entry["step"] for entry in again if "loss" in entry] == [1, 2, 3, 4]
+    assert seconds_spent(again) > spent
+    assert [entry["seconds"] for entry in again] == sorted(entry["seconds"] for entry in again)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from copy import deepcopy
 from pathlib import Path
 from typing import TypedDict
@@ -19,7 +18,7 @@ from .data import phase_rows
 from .moving import WORDS
 from .muon import MuonMixin
 from .recipe import Phase, Recipe
-from .running import phase_options, run_phase
+from .running import phase_options, run_phase, seconds_spent
 from .single_questions import SingleQuestionCollator
 from .vision import train_vision_tower
 
@@ -31,6 +30,11 @@ class PhaseLog(TypedDict):
     steps: int
     seconds: float
     log: list[dict[str, float]]
+
+
+def note(name: str, steps: int, log: list[dict[str, float]]) -> PhaseLog:
+    """What is noted of a finished phase."""
+    return {"name": name, "steps": steps, "seconds": seconds_spent(log), "log": log}
 
 
 class MuonSFTTrainer(MuonMixin, VoCoSFTTrainer):
@@ -67,11 +71,9 @@ def train_tower(recipe: Recipe, work_dir: Path, compile: bool, final: Path) -> N
     model = build_model(processor, recipe)
     if compile:
         compile_layers(model)
-    start = time.monotonic()
     tower = model.model.vision_tower
     log = train_vision_tower(tower, processor.image_processor, recipe, work_dir / "vision")
-    seconds = time.monotonic() - start
-    save_phase(model, processor, PhaseLog(name="vision", steps=recipe.vision_steps, seconds=seconds, log=log), final)
+    save_phase(model, processor, note("vision", recipe.vision_steps, log), final)
 
 
 def train_phase(recipe: Recipe, phase: Phase, work_dir: Path, compile: bool, previous: Path, final: Path) -> None:
@@ -87,11 +89,9 @@ def train_phase(recipe: Recipe, phase: Phase, work_dir: Path, compile: bool, pre
         model.resize_token_embeddings(len(processor.tokenizer))
     if compile:
         compile_layers(model, with_attention=not phase.two_stages)
-    start = time.monotonic()
     log = run_phase(make_trainer(model, processor, recipe, phase, work_dir / phase.name))
     average_weights(model, weights, phase.share)
-    seconds = time.monotonic() - start
-    save_phase(model, processor, PhaseLog(name=phase.name, steps=phase.steps, seconds=seconds, log=log), final)
+    save_phase(model, processor, note(phase.name, phase.steps, log), final)
 
 
 def make_trainer(

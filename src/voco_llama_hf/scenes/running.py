@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .recipe import Recipe
@@ -40,8 +41,26 @@ def phase_options(
     }
 
 
-def run_phase(trainer: Trainer) -> list[dict]:
+class Clock(TrainerCallback):
+    """Notes in the log how many seconds the training has taken so far, those before an interruption with them."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.start = time.monotonic() - seconds_spent(state.log_history)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        state.log_history[-1]["seconds"] = round(time.monotonic() - self.start, 3)
+
+
+def seconds_spent(log: list[dict[str, float]]) -> float:
+    """Seconds that a training has taken, by the log of its trainer."""
+    return max((entry["seconds"] for entry in log if "seconds" in entry), default=0.0)
+
+
+def run_phase(trainer: Trainer) -> list[dict[str, float]]:
     """Trains, from the last checkpoint in the trainer's folder where there is one. Returns the log."""
     folder = trainer.args.output_dir
+    trainer.add_callback(Clock())
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
     return trainer.state.log_history

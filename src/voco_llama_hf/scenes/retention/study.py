@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from transformers import Trainer
 
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
-from ..phases import PhaseLog, compile_layers, final_dir, load_weights, make_trainer, save_phase, train
+from ..phases import compile_layers, final_dir, load_weights, make_trainer, note, save_phase, train
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
 from ..recipe import SCENES_64, Phase, Recipe
 from ..running import run_phase
@@ -152,10 +151,8 @@ class Study:
         if self.compile:
             compile_layers(model, with_attention=not phase.two_stages)
         trainer = self._trainer(model, arm, replace(self.base, seed=seed), phase)
-        start = time.monotonic()
         log = run_phase(trainer)
-        seconds = time.monotonic() - start
-        save_phase(model, self.processor, PhaseLog(name=name, steps=self.steps, seconds=seconds, log=log), final)
+        save_phase(model, self.processor, note(name, self.steps, log), final)
 
     def _phase(self, arm: Arm, name: str) -> Phase:
         return Phase(
