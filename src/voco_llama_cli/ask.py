@@ -71,7 +71,9 @@ def ask(
     check_sampling_options(num_frames, fps)
     check_video_extra(images)
     from voco_llama_hf.images import open_image
+    from voco_llama_hf.modeling.cache_voco_llama import check_cache
     from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
+    from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
     from voco_llama_hf.prompts import build_prompt, check_question, starts_with_bos
     from voco_llama_hf.videos import is_video
 
@@ -85,6 +87,9 @@ def ask(
     if store is not None:
         stored = from_store(store, names or [], num_voco_tokens)
     network, processor = load_model(name, device, dtype)
+    if stored is not None:
+        made_for = with_images(network.fingerprint(), processor.image_processor)
+        check_cache(stored.cache, network.config, made_for, what=str(cache or store))
     try:
         check_question(question, processor)
     except ValueError as error:

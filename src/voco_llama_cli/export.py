@@ -65,8 +65,8 @@ def onnx(
     silence_transformers()
     with Console(stderr=True).status("Loading ONNX Runtime") as status:
         from voco_llama_hf.export import export_onnx
-        from voco_llama_hf.export.files import check_new_folder
         from voco_llama_hf.export.session import check_provider
+        from voco_llama_hf.files import check_new_folder
 
         # Before the model is loaded, which may take long
         check_new_folder(output)

@@ -30,6 +30,8 @@ PARTS = (
     "cache",
     "compat",
     "configuration",
+    "files",
+    "fingerprint",
     "generation",
     "images",
     "injection",
@@ -43,6 +45,7 @@ PARTS = (
     "single_pass",
     "two_stages",
     "video",
+    "weights",
 )
 SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """

@@ -7,8 +7,6 @@ VoCo-LLaMA has on top is the `<voco>` token, which the authors' checkpoints brin
 
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -36,6 +34,7 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
 
+from ..files import inside, new_folder
 from ..modeling.configuration_voco_llama import VoCoLlamaConfig
 from ..modeling.modeling_voco_llama import VoCoLlamaForConditionalGeneration
 from ..modeling.processing_voco_llama import VoCoLlamaProcessor
@@ -265,6 +264,8 @@ def _check_folders(source: Path, target: Path) -> tuple[Path, Path]:
         )
     if not source.is_dir():
         raise ValueError(f"{source} is a file; the source is a folder with {CONFIG_NAME} and weights")
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link; the target must be a new or an empty folder")
     source, target = source.resolve(), target.resolve()
     if target == source:
         raise ValueError(f"source and target are the same folder, {source}; the target must be another one")
@@ -436,7 +437,7 @@ def _weight_files(source: Path) -> list[Path]:
             return [source / name]
         if index.is_file():
             with _as_value_error(f"{index} does not map weights to shards"):
-                shards = [source / shard for shard in sorted(set(_read_json(index)["weight_map"].values()))]
+                shards = [inside(source, shard) for shard in sorted(set(_read_json(index)["weight_map"].values()))]
             missing = [shard.name for shard in shards if not shard.is_file()]
             if missing:
                 raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, named by {index.name}")
@@ -711,18 +712,11 @@ def _write(
 ) -> None:
     """Writes everything into a folder next to `target`, which then takes its place."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with new_folder(target) as aside:
         # Shards of this size show progress while they are written
         model.save_pretrained(aside, max_shard_size="5GB")
         if processor is not None:
             processor.save_pretrained(aside)
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
-    except BaseException:  # a KeyboardInterrupt leaves nothing behind either
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 __all__ = ["ConversionReport", "convert_checkpoint"]

@@ -18,6 +18,7 @@ from ..hub.cost import CostModel
 from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.configuration_voco_llama import cache_bytes
+from ..modeling.fingerprint_voco_llama import with_images
 from ..prompts import build_prompt, check_question, starts_with_bos
 from ..serving import ImageCache, Limits
 from .sources import Source, load_cache, open_cache, open_picture, preprocess, read_pictures
@@ -137,7 +138,7 @@ class DemoEngine:
         Raises:
             ValueError: if it is none, or was made by another model.
         """
-        source = open_cache(path, owner, self.model, self.limits)
+        source = open_cache(path, owner, self.model, self.processor, self.limits)
         if source.num_voco_tokens >= self.window:
             raise ValueError(
                 f"{source.name} has {source.num_voco_tokens:,} VoCo tokens, more than the model's window of "
@@ -214,6 +215,9 @@ class DemoEngine:
         cache, _ = self._cache(source, num_voco_tokens)
         stem = source.name if source.kind == "cache" else f"{Path(source.name).stem}-k{num_voco_tokens}.safetensors"
         path = Path(tempfile.mkdtemp(dir=folder)) / stem
+        if source.kind != "cache":
+            cache = cache[:]  # what is in memory stays as it is
+            cache.fingerprint = with_images(cache.fingerprint, self.processor.image_processor)
         cache.save(path)
         return path
 
@@ -234,7 +238,7 @@ class DemoEngine:
         if (known := self._images.get(source.key, num_voco_tokens)) is not None:
             return known, Spent()
         if source.kind == "cache":
-            cache = load_cache(source.path, self.model, self.limits)
+            cache = load_cache(source.path, self.model, self.processor, self.limits)
             make = lambda: cache  # noqa: E731
         else:
             # Read and made small outside of the thread that computes

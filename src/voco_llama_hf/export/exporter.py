@@ -16,8 +16,9 @@ import onnx_ir
 import torch
 from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
+from ..files import check_new_folder, new_folder
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, check_new_folder, new_folder
+from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT
 from .graphs import COMPRESSOR, DECODER, Graph, build_graphs, export_graph
 from .session import TorchSession, check_provider
 from .validation import Difference, check_differences, compare

@@ -16,14 +16,15 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, cached_files
 
+from ..files import check_inside, new_folder
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from ..modeling.cache_voco_llama import check_fingerprint
+from ..modeling.cache_voco_llama import check_cache
 from ..modeling.configuration_voco_llama import key_value_shape
 from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
 from ..modeling.layout_voco_llama import per_image_counts, resolve_num_voco_tokens
 from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE
 from ..modeling.rotation_voco_llama import rotate_keys
-from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, data_file, new_folder
+from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, data_file
 from .prefill import KeyValues, prefill
 from .session import TorchSession, check_provider
 
@@ -174,6 +175,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         with new_folder(target) as aside:
             for path in source.iterdir():
                 if path.is_file():
+                    check_inside(source, path)
                     shutil.copyfile(path, aside / path.name)
             self.config.save_pretrained(aside)
             self.generation_config.save_pretrained(aside)
@@ -266,7 +268,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         if voco_cache is None:
             voco_cache = self.compress(pixel_values, num_voco_tokens, show_progress=False)
         else:
-            check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
+            check_cache(voco_cache, self.config, self.fingerprint())
             voco_cache.resolve(num_voco_tokens)
             voco_cache = voco_cache.to(self.device)
         offsets = torch.cat([torch.arange(count) for count in voco_cache.token_counts]).to(self.device)

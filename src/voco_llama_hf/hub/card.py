@@ -1,5 +1,6 @@
 """The model card of a VoCo-LLaMA: written once, and refreshed without touching what a person wrote."""
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
+from ..files import check_inside, written_aside
 from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
 from ..prompts import starts_with_bos
 from .cost import CostModel, ImageCost
@@ -157,12 +159,12 @@ def write_card(
 
 def save_card(card: ModelCard, folder: Path) -> Path:
     """Writes a card and its picture into a folder."""
-    if not (folder / PICTURE.name).exists():
-        shutil.copyfile(PICTURE, folder / PICTURE.name)
+    if not os.path.lexists(folder / PICTURE.name):
+        with written_aside(folder / PICTURE.name) as aside:
+            shutil.copyfile(PICTURE, aside)
     path = folder / REPOCARD_NAME
-    aside = folder / f".{REPOCARD_NAME}.part"
-    card.save(aside)
-    aside.replace(path)
+    with written_aside(path) as aside:
+        card.save(aside)
     return path
 
 
@@ -175,6 +177,8 @@ def folder_card(
 ) -> ModelCard:
     """What [`write_card`] writes."""
     path, own_results = folder / REPOCARD_NAME, folder / RESULTS_FILE
+    for own in (path, own_results):
+        check_inside(folder, own)
     figures = list(eval_results)
     if results is not None or own_results.is_file():
         figures += load_eval_results(results or own_results)

@@ -12,6 +12,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
+from ..files import check_inside
 from .card import CODE_FILE, PICTURE, folder_card
 
 
@@ -83,10 +84,13 @@ def plan_push(folder: Path, repo_id: str, **card_options: Any) -> PushPlan:
     its name there. The folder itself is left as it is.
 
     Raises:
-        ValueError: if weights or configuration are missing.
+        ValueError: if weights or configuration are missing, or a file is a link that leads out of the folder.
     """
     present = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     chosen = [path for path in present if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)]
+    onnx = list(find_files(folder / ONNX_FOLDER))
+    for path in (*chosen, *onnx):
+        check_inside(folder, path)
     names = {path.name for path in chosen}
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} has no weights in safetensors files")
@@ -97,11 +101,10 @@ def plan_push(folder: Path, repo_id: str, **card_options: Any) -> PushPlan:
         files += [PushedFile(path.name, path) for path in code_files()]
     if PICTURE.name not in names:
         files.append(PushedFile(PICTURE.name, PICTURE))
-    onnx = folder / ONNX_FOLDER
-    files += [PushedFile(path.relative_to(folder).as_posix(), path) for path in find_files(onnx)]
+    files += [PushedFile(path.relative_to(folder).as_posix(), path) for path in onnx]
     card = folder_card(folder, repo_id, **{"ships_code": True, **card_options})
     files.append(PushedFile(REPOCARD_NAME, str(card).encode()))
-    left_out = [path.name for path in present if path not in chosen and path != onnx]
+    left_out = [path.name for path in present if path not in chosen and path.name != ONNX_FOLDER]
     return PushPlan(sorted(files, key=lambda file: file.path), left_out)
 
 

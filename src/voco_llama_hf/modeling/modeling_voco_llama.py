@@ -9,7 +9,6 @@ from .compat_voco_llama import CACHE, SELECTS_HIDDEN_STATES
 
 
 # isort: split
-import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,8 +23,9 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_voco_llama import MASKABLE_ATTENTION, takes_masks
-from .cache_voco_llama import VoCoCache, check_fingerprint
-from .configuration_voco_llama import VoCoLlamaConfig, check_text_config, key_value_shape
+from .cache_voco_llama import VoCoCache, check_cache
+from .configuration_voco_llama import VoCoLlamaConfig, check_text_config
+from .fingerprint_voco_llama import Fingerprint, FingerprintMemo
 from .generation_voco_llama import VoCoLlamaGenerationMixin, num_seen_tokens
 from .injection_voco_llama import CompressedImages, CompressionCache
 from .layout_voco_llama import VoCoRuns, find_starts, per_image_counts, resolve_num_voco_tokens
@@ -74,7 +74,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         text_config: Any = config.text_config
         check_text_config(text_config)
         super().__init__(config)
-        self._fingerprint: tuple[tuple, dict[str, str]] | None = None
+        self._fingerprint = FingerprintMemo()
         self._rotation_is_checked = False
 
     def get_vision_features(
@@ -219,8 +219,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         self._check_rotation()
         if voco_cache is not None:
             voco_cache.resolve(counts)
-            check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
-            self._check_shape(voco_cache)
+            check_cache(voco_cache, self.config, self.fingerprint(exact=False))
             keys, values, hidden_states = voco_cache.keys, voco_cache.values, None
         else:
             # With a gradient all of them stay in memory, however many are compressed at a time
@@ -229,14 +228,6 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         offsets = np.concatenate([np.arange(count) for count in counts])
         rows, columns = voco_mask.nonzero()
         return CompressedImages(keys, values, hidden_states, offsets, rows, columns + start, len(voco_mask))
-
-    def _check_shape(self, voco_cache: VoCoCache) -> None:
-        expected = key_value_shape(self.config.text_config)
-        if tuple(voco_cache.keys.shape[1:]) != expected:
-            raise ValueError(
-                "compressed images of this model have (layers, key-value heads, head_dim) = "
-                f"{expected}, got {tuple(voco_cache.keys.shape[1:])}: they come from another model"
-            )
 
     def rotate_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
@@ -259,26 +250,19 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
             check_rotation(self)
             self._rotation_is_checked = True
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, exact: bool = True) -> Fingerprint:
         """
-        What compressed images depend on: the configuration of segments and keys, and a hash over a sample of every
-        weight tensor, rounded to bfloat16 so that it is the same in every precision. Recomputed when weights change.
+        What compressed images depend on: configuration, weights, active adapters, quantization. It is the same
+        wherever the weights are, and equal to that of a copy of the model in another floating precision.
+
+        Args:
+            exact (`bool`, *optional*, defaults to `True`):
+                Whether to read all weights, at the speed of memory. Otherwise what is known is returned unless a sign
+                of change is seen, which costs a question next to nothing: a write that PyTorch counts is always seen,
+                and so is one through `weight.data` to the embeddings of a segment or to a small model. Elsewhere it
+                may take some questions until it is seen: each reads another part of the weights.
         """
-        state = weights_state(self)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = state, {"weights": hash_weights(dict(self.named_parameters()))}
-        config = self.config
-        layers, heads, head_dim = key_value_shape(config.text_config)
-        return {
-            "text_model": config.text_config.model_type,
-            "layers": str(layers),
-            "key_value_heads": str(heads),
-            "head_dim": str(head_dim),
-            "voco_token_id": str(config.voco_token_id),
-            "vision_prefix_token_ids": str(config.vision_prefix_token_ids),
-            "vision_suffix_token_ids": str(config.vision_suffix_token_ids),
-            **self._fingerprint[1],
-        }
+        return self._fingerprint.get(self, exact)
 
     def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """`(batch_size, sequence_length)` mask of the `<voco>` tokens of a sequence given as ids or as embeddings."""
@@ -466,9 +450,9 @@ class VoCoLlamaForConditionalGeneration(
         """See [`VoCoLlamaModel.compress`]."""
         return self.model.compress(*args, **kwargs)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, exact: bool = True) -> Fingerprint:
         """See [`VoCoLlamaModel.fingerprint`]."""
-        return self.model.fingerprint()
+        return self.model.fingerprint(exact)
 
     @can_return_tuple
     def forward(
@@ -550,39 +534,6 @@ def refuse_unsupported(arguments: dict[str, Any]) -> None:
     for name, reason in UNSUPPORTED.items():
         if arguments.pop(name, None) is not None:
             raise ValueError(f"VoCo-LLaMA does not take {name}: {reason}")
-
-
-def weights_state(model: torch.nn.Module) -> tuple[list[int], list[int]]:
-    """
-    Addresses and versions of all parameters, which tell whether weights have changed. Every question about a
-    compressed image asks for them, and `named_parameters` would take longer than anything else around the passes.
-    """
-    modules: list[torch.nn.Module] = [model]
-    parameters: list[torch.nn.Parameter] = []
-    for module in modules:  # which grows meanwhile
-        if module._modules:
-            modules += [child for child in module._modules.values() if child is not None]
-        if module._parameters:
-            parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
-    try:
-        versions = [parameter._version for parameter in parameters]
-    except RuntimeError:  # tensors of inference mode have none
-        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
-    return [parameter.data_ptr() for parameter in parameters], versions
-
-
-def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:
-    """SHA-256 over names, shapes and evenly spaced values of every weight tensor."""
-    sha256 = hashlib.sha256()
-    samples = []
-    for name, weight in weights.items():
-        sha256.update(f"{name}{tuple(weight.shape)}".encode())
-        if weight.device.type != "meta":
-            flat = weight.detach().reshape(-1)
-            samples.append(flat[:: max(1, flat.numel() // num_samples)][:num_samples].to(torch.bfloat16).cpu())
-    if samples:
-        sha256.update(torch.cat(samples).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
 
 
 VoCoLlamaModel.register_for_auto_class("AutoModel")

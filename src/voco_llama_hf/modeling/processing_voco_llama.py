@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput
 
-from .cache_voco_llama import VoCoCache
+from .cache_voco_llama import MAX_VOCO_TOKENS, VoCoCache
 from .images_voco_llama import load_images, warn_if_scaled
 from .layout_voco_llama import per_image_counts
 from .video_voco_llama import load_videos
@@ -27,7 +27,6 @@ from .video_voco_llama import load_videos
 
 logger = logging.get_logger(__name__)
 
-MAX_VOCO_TOKENS = 576
 SAMPLING = ("num_frames", "fps", "do_sample_frames")
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping")
 # transformers marks so what a user wrote, with apply_chat_template(sanitize_control_tokens=True)

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
+from ..modeling.fingerprint_voco_llama import with_images
 from .chat_completion import VoCoChatCompletionHandler
 from .image_cache import ImageCache
 from .limits import LimitMiddleware, Limits, error_body
@@ -54,7 +55,8 @@ def build_app(
     if processor.chat_template is None:
         raise ValueError(f"{model_id} has no chat template, which chat completions need")
     limits = limits or Limits()
-    images = ImageCache(image_cache_bytes, store, model.fingerprint())
+    made_by = with_images(model.fingerprint(), processor.image_processor)
+    images = ImageCache(image_cache_bytes, store, made_by)
     manager = VoCoModelManager(model, processor, model_id)
     state = GenerationState()
     if store is not None:
