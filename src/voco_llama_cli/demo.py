@@ -35,9 +35,12 @@ def demo(
     voco-llama demo voco-llama-7b --host 0.0.0.0 --port 8080
     """
     check_extra("demo", "demo", ["gradio"])
+    from voco_llama_hf.addresses import listen
+
     from .loading import find_model, load_model
 
     name = find_model(model)
+    listen(host, port or 0).close()  # an error before the model is loaded, not after
     network, processor = load_model(name, device, dtype)
 
     from rich.console import Console

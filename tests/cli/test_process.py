@@ -63,3 +63,13 @@ def test_ctrl_c(checkpoint, tmp_path):
 def test_help_does_not_wait_for_torch():
     code = "import sys, voco_llama_cli; sys.exit(bool({'torch', 'transformers', 'PIL', 'gradio'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+@pytest.mark.parametrize("host", ["256.1.1.1", "203.0.113.7", "a" * 300])
+def test_a_host_that_is_no_address_of_this_machine(command, host):
+    """One line, and an end: before the model is loaded."""
+    arguments = [sys.executable, "-m", "voco_llama_cli", command, "--host", host]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: cannot listen at") and result.stderr.count("\n") == 1

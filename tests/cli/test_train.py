@@ -3,7 +3,9 @@ import json
 import pytest
 import yaml
 from datasets import disable_progress_bars
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
+from video_files import make_frames, write_video
 
 from voco_llama_cli import app
 from voco_llama_cli.train import PACKAGE
@@ -42,7 +44,7 @@ def test_the_paper_recipe_has_its_hyperparameters():
     recipe = yaml.safe_load((PACKAGE / "training" / "recipes" / "paper.yaml").read_text())
     devices = 8
     batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * devices
-    assert batch == 128 and recipe["max_steps"] == 2 * -(-665_298 // batch)
+    assert batch == 128 and recipe["num_train_epochs"] == 2
     assert (recipe["learning_rate"], recipe["lr_scheduler_type"], recipe["warmup_steps"]) == (2e-5, "cosine", 0.03)
     assert (recipe["weight_decay"], recipe["max_length"], recipe["freeze"]) == (0.0, 2048, ["vision_tower"])
     assert recipe["bf16"] and recipe["gradient_checkpointing"] and recipe["num_voco_tokens"] == [1]
@@ -70,6 +72,93 @@ def test_training_on_scenes_writes_a_model(invoke, tmp_path, scenes_checkpoint):
     assert any("vision_tower" in name for name in changed) and any("embed_tokens" in name for name in changed)
     answer = invoke("ask", "--model", output, "examples/scene.png", "How many objects are there?")
     assert answer.exit_code == 0
+
+
+@pytest.fixture
+def llava_data(tmp_path, monkeypatch, images):
+    """Rows about an image, about a video and about neither; their files lie beside the file."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_video(tmp_path / "film.mp4", make_frames(12))
+
+    def row(question, **files):
+        return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "1"}], **files}
+
+    rows = [row("<image>\nWhat?", image=images[0].name), row("<video>\nWhat?", video="film.mp4"), row("What?")]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows * 4))
+    return path
+
+
+@pytest.mark.parametrize("recipe", ["paper", "paper-video", "lora-24gb", "qlora-24gb"])
+def test_every_recipe_starts_with_the_data_it_names(invoke, tmp_path, scenes_checkpoint, llava_data, recipe):
+    more = {}
+    if recipe == "paper-video":
+        # torch trains under flex_attention on accelerators only
+        more = {"attn_implementation": "sdpa", "num_frames": 4}
+    if "lora" in recipe:
+        more = {"max_steps": 1, "num_voco_tokens": 2}
+    if recipe == "qlora-24gb":
+        pytest.importorskip("bitsandbytes")
+        # bitsandbytes repacks weights on CPUs when a teacher reads with them, and cannot train with them any more
+        more["distillation_weight"] = 0
+    options = {
+        "config": recipe,
+        "model_name_or_path": scenes_checkpoint,
+        "dataset_name": llava_data,
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": 1,
+        "report_to": "none",
+        **more,
+    }
+    invoke("train", *(part for name, value in options.items() for part in (f"--{name}", value)))
+    assert (tmp_path / "out" / ("adapter_model.safetensors" if "lora" in recipe else "model.safetensors")).is_file()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "all of {data} is trained on: name other data to evaluate on with --eval_dataset_name, or hold rows out"),
+        (["--eval_dataset_name", "{data}"], "all of {data} is trained on"),
+        (["--eval_dataset_name", "{link}"], "all of {data} is trained on"),
+        (["--dataset_train_split", "none", "--test_size", "2"], "{data} has no split 'none', it has train"),
+        (
+            ["--eval_dataset_name", "{other}", "--dataset_test_split", "none"],
+            "{other} has no split 'none', it has test",
+        ),
+        (["--eval_dataset_name", "{other}", "--test_size", "2"], "evaluate either on --eval_dataset_name or on"),
+        (
+            ["--dataset_name", "voco-scenes", "--dataset_test_split", "train"],
+            "the split 'train' of voco-scenes",
+        ),
+        (["--dataset_name", "voco-scenes", "--dataset_test_split", "nosuch"], "voco-scenes has no split 'nosuch'"),
+        (["--test_size", "100"], "test_size"),
+    ],
+)
+def test_nothing_is_evaluated_on_what_is_trained_on(invoke, tmp_path, scenes_checkpoint, llava_data, args, message):
+    paths = {name: tmp_path / f"{name}.json" for name in ("data", "link", "other")}
+    paths["link"].symlink_to(llava_data)
+    paths["other"].write_bytes(llava_data.read_bytes())
+    result = invoke(
+        "train", "--config", "tiny", "--model_name_or_path", scenes_checkpoint, "--dataset_name", llava_data,
+        "--eval_strategy", "steps", "--output_dir", tmp_path / "out", *(arg.format(**paths) for arg in args),
+        exit_code=1,
+    )  # fmt: skip
+    assert message.format(**paths) in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_held_out_are_evaluated_on(invoke, tmp_path, scenes_checkpoint, llava_data):
+    invoke(
+        "train", "--config", "tiny", "--model_name_or_path", scenes_checkpoint, "--dataset_name", llava_data,
+        "--test_size", 3, "--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 1, "--save_strategy", "steps",
+        "--save_steps", 1, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in state["log_history"])
+    (figure, *_) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert (figure.dataset_type, figure.dataset_split) == ("data.json", "test")
 
 
 def test_training_on_llava_data_with_adapters(invoke, tmp_path, scenes_checkpoint, images):

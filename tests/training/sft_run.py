@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 
@@ -31,10 +32,13 @@ def main(output_dir, options, kill_at=0, resume=False):
     callbacks = [Kill(kill_at)] if kill_at else None
     trainer = make_trainer(output_dir, dataset=dataset, callbacks=callbacks, **options)
     trainer.train(resume_from_checkpoint=resume or None)
+    wrapped = weakref.ref(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         parts = {key: losses(trainer, key) for key in ("loss", "nll_loss", "distillation_loss", "grad_norm")}
         (Path(output_dir) / "losses.json").write_text(json.dumps(parts))
     trainer.end()
+    # Else it would take the process group down with it, at a moment at which that can hang
+    assert wrapped() is trainer.model or wrapped() is None
 
 
 if __name__ == "__main__":

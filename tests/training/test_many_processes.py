@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training.killed_run import kill_at_random
 
 
 HERE = Path(__file__).parent
@@ -19,6 +20,10 @@ def run(script, output_dir, batch_size, *extra, launcher=(), exit_code=0, **opti
     """Losses by name, which the script leaves in `output_dir`."""
     options = {**OPTIONS, "per_device_train_batch_size": batch_size, **options}
     args = [*launcher, str(HERE / script), str(output_dir), json.dumps(options), *map(json.dumps, extra)]
+    return launch(args, output_dir, exit_code)
+
+
+def launch(args, output_dir, exit_code=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment)
     assert done.returncode == exit_code, done.stderr[-3000:]
@@ -40,10 +45,43 @@ def test_two_processes_have_the_losses_of_one(tmp_path, single):
     check_same(run("sft_run.py", tmp_path, 2, launcher=TWO_PROCESSES), single)
 
 
-def test_sharded_weights_have_the_losses_of_whole_ones(tmp_path):
-    (tmp_path / "whole").mkdir()
-    whole = run("fsdp_run.py", tmp_path / "whole", 4)
-    check_same(run("fsdp_run.py", tmp_path, 2, launcher=TWO_PROCESSES), whole)
+# Images of the rows that the two processes get in turn
+PATTERNS = {"one has an image": (1, 0), "the other has": (0, 1), "none": (0,), "mixed": (2, 0, 0, 1, 0, 0, 1, 1)}
+KINDS = {
+    "single pass": {"num_voco_tokens": [1, 2, 0]},
+    "two stages": {"two_stages": True, "num_voco_tokens": [2]},
+    "distilled": {"num_voco_tokens": [2, 1], "distillation_weight": 0.5},
+    "everything trained": {"num_voco_tokens": [2], "freeze": [], "gradient_checkpointing": True},
+}
+
+
+def test_two_processes_resume_in_a_later_epoch_with_the_rows_that_are_left(tmp_path):
+    # 4 steps an epoch
+    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "launcher": TWO_PROCESSES}
+    whole = run("sft_run.py", tmp_path / "whole", 2, **saves)
+    (tmp_path / "whole" / "checkpoint-6").rename(tmp_path / "checkpoint-6")
+    rest = run("sft_run.py", tmp_path, 2, {"resume": True}, **saves)
+    check_same(rest, whole)
+
+
+def sharded_cases(batch_size):
+    shared = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": batch_size, "evaluates": True}
+    return {
+        f"{pattern}, {kind}": {**shared, **options, "images_per_row": images, "per_device_eval_batch_size": batch_size}
+        for pattern, images in PATTERNS.items()
+        for kind, options in KINDS.items()
+    }
+
+
+def run_cases(output_dir, batch_size, launcher=()):
+    output_dir.mkdir()
+    args = [*launcher, str(HERE / "fsdp_run.py"), str(output_dir), json.dumps(sharded_cases(batch_size))]
+    return launch(args, output_dir)
+
+
+def test_sharded_weights_have_the_losses_of_whole_ones_whichever_rows_have_images(tmp_path):
+    whole = run_cases(tmp_path / "whole", 2)
+    check_same(run_cases(tmp_path / "sharded", 1, TWO_PROCESSES), whole)
 
 
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, single):
@@ -52,3 +90,9 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, single):
     assert not (tmp_path / "losses.json").exists()
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
     check_same(run("sft_run.py", tmp_path, 4, {"resume": True}, **saves), single)
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_training_killed_at_any_moment_resumes_to_the_same_weights(tmp_path, num_kills):
+    counts = kill_at_random(tmp_path, max_steps=8 if num_kills == 3 else 40, num_kills=num_kills, longest_wait=3)
+    assert counts["kills"] == num_kills and counts["finished"] >= 1

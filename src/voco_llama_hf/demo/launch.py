@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..addresses import listen
 from ..serving.limits import LimitMiddleware
 from .engine import DemoEngine
 from .examples import introduce
@@ -39,8 +40,9 @@ def launch(
         announce (`Callable`, *optional*): Is told `Open` and the address when the page is there.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: if there is no such address here, or its port is taken.
     """
+    listen(host, port or 0).close()  # Gradio tries a hundred ports, and its threads would stay behind
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(TERMINATED))  # so that uploads do not stay behind
     with tempfile.TemporaryDirectory(prefix="voco-llama-demo-") as name:
         folder = Path(name).resolve()

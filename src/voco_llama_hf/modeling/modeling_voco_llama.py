@@ -28,7 +28,7 @@ from .configuration_voco_llama import VoCoLlamaConfig, check_text_config
 from .fingerprint_voco_llama import Fingerprint, FingerprintMemo
 from .generation_voco_llama import VoCoLlamaGenerationMixin, num_seen_tokens
 from .injection_voco_llama import CompressedImages, CompressionCache
-from .layout_voco_llama import VoCoRuns, find_starts, per_image_counts, resolve_num_voco_tokens
+from .layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
 from .outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast, VoCoLlamaModelOutputWithPast
 from .rotation_voco_llama import check_rotation, rotate_keys
 from .runtime_voco_llama import execution_device
@@ -353,9 +353,10 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
         if pixel_values is not None and not two_stages:
             voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
-            counts = resolve_num_voco_tokens(num_voco_tokens, len(pixel_values), int(voco_mask.sum()))
-            runs, vision = VoCoRuns.find(voco_mask, counts), self.get_vision_features(pixel_values, **vision_options)
-            return run_single_pass(self, inputs_embeds, vision, runs, mode, text_groups, **language_inputs)
+            vision = self.get_vision_features(pixel_values, **vision_options)
+            return run_single_pass(
+                self, inputs_embeds, vision, voco_mask, num_voco_tokens, mode, text_groups, **language_inputs
+            )
 
         (batch_size, length), start = inputs_embeds.shape[:2], num_seen_tokens(cache) if images_given else 0
         if pixel_values is not None or voco_cache is not None:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .collator import VoCoDataCollator
     from .sft_config import VoCoSFTConfig
-    from .sft_trainer import VoCoDataCollator, VoCoSFTTrainer
+    from .sft_trainer import VoCoSFTTrainer
 
 MODULES = {
-    "VoCoDataCollator": "sft_trainer",
+    "VoCoDataCollator": "collator",
     "VoCoSFTConfig": "sft_config",
     "VoCoSFTTrainer": "sft_trainer",
 }

@@ -1,43 +1,60 @@
-"""LLaVA's own data format: a JSON list of conversations, and a folder of images and videos."""
+"""LLaVA's own data format, a JSON list of conversations and a folder of images and videos, as a `datasets` table."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import re
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ijson
-from datasets import IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 
-from ..images import open_image
-from ..videos import read_frames
+from .llava_rows import check_row, find_missing, open_row, read_rows
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE, VIDEO = "<image>", "<video>"
-KINDS = {IMAGE: "image", VIDEO: "video"}
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+VERSION = 1  # of the table: another one is made anew
+VISION_TOKENS = 576  # what an image is counted as when rows are grouped by length: CLIP ViT-L/14 at 336 px
+MODALITIES = ("text", "image", "video")
+# TRL's trainer takes columns of other names out, so what belongs to the messages stands among them
+FEATURES = Features(
+    {
+        "messages": {
+            "number": Value("int64"),
+            "turns": List({"role": Value("string"), "text": Value("string")}),
+            "videos": List(Value("string")),
+        },
+        "images": List(Value("string")),
+        "length": Value("int32"),
+        "modality": ClassLabel(names=list(MODALITIES)),
+        "problem": Value("string"),
+    }
+)
 
 
 def load_llava_data(
     path: str | Path,
     image_folder: str | Path | None = None,
     max_bad_rows: int = 100,
-    shuffle_buffer_size: int = 0,
-    seed: int = 0,
     num_frames: int = 8,
-) -> IterableDataset:
+    test_size: float | int | None = None,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> Dataset | DatasetDict:
     """
-    Streams a file in LLaVA's format: neither the file nor its images are ever in memory as a whole.
+    Turns a file in LLaVA's format into a memory-mapped table, once: it is found again while the file is unchanged. The
+    table holds paths; images and videos are read when a row is.
 
     A row has `conversations`, a list of `{"from": "human" | "gpt", "value": text}`, and where its text says `<image>`
-    or `<video>`, as many `image` and `video` paths (one string, or a list). Rows that cannot be read are reported by
-    their number, counted and left out.
+    or `<video>`, as many `image` and `video` paths (one string, or a list). Rows that do not fit, or whose files are
+    missing, are reported by their number and left out. Damaged files are found in reading: another row takes the place
+    of theirs.
 
     Args:
         path (`str` or `Path`):
@@ -45,21 +62,24 @@ def load_llava_data(
         image_folder (`str` or `Path`, *optional*):
             Folder the paths of images and videos start from; that of the file by default.
         max_bad_rows (`int`, *optional*, defaults to 100):
-            How many rows may be left out.
-        shuffle_buffer_size (`int`, *optional*, defaults to 0):
-            Rows (without their images) that are held in memory to be drawn from; 0 keeps the order of the file.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the order.
+            How many rows may be left out, and how many a process may find damaged.
         num_frames (`int`, *optional*, defaults to 8):
             Frames sampled from a video.
+        test_size (`float` or `int`, *optional*):
+            Share or number of rows to hold out, drawn at random.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of what is held out.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder of the table; that of `datasets` by default.
 
     Returns:
-        [`~datasets.IterableDataset`] with the columns `messages`, whose video parts hold their frames, and `images`.
+        [`~datasets.Dataset`], or with `test_size` a [`~datasets.DatasetDict`] of `train` and `test`. Rows have the
+        columns `messages`, whose video parts hold their frames, and `images`; the table also has `length`, words and
+        vision tokens, and `modality`, by which [`VoCoSFTTrainer`] can group rows.
 
     Raises:
         FileNotFoundError: if the file or the folder does not exist.
-        ValueError: if the file is neither a JSON list nor JSON lines; while reading, if more than `max_bad_rows` rows
-            cannot be read.
+        ValueError: if the file is neither a JSON list nor JSON lines, or more than `max_bad_rows` rows cannot be read.
     """
     path = Path(path)
     folder = path.parent if image_folder is None else Path(image_folder)
@@ -67,116 +87,155 @@ def load_llava_data(
         raise FileNotFoundError(f"no such file: {path}")
     if not folder.is_dir():
         raise FileNotFoundError(f"no such image folder: {folder}")
-    next(read_rows(path), None)
-    rows = IterableDataset.from_generator(read_rows, gen_kwargs={"path": path})
-    if shuffle_buffer_size > 0:
-        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
-    reader = RowReader(path.name, folder, max_bad_rows, num_frames)
-    return rows.map(reader, batched=True, batch_size=1, remove_columns=["number", "row"])
+    table = make_table(path, folder, max_bad_rows, num_frames, cache_dir)
+    report = Report(path.name, max_bad_rows)
+    rows = take_good_rows(table, folder, report)
+    reader = RowReader(rows, folder, num_frames, report)
+    if test_size is None:
+        return rows.with_transform(reader)
+    parts = rows.train_test_split(test_size=test_size, seed=seed)
+    return DatasetDict({name: part.with_transform(replace(reader, rows=part)) for name, part in parts.items()})
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file with their numbers, from 1 on, without their images."""
-    with open(path, "rb") as file:
-        lines = path.suffix == ".jsonl"
-        rows = map(json.loads, filter(bytes.strip, file)) if lines else ijson.items(file, "item", use_float=True)
-        number = 0
+@dataclass
+class Report:
+    """
+    Says which rows are left out, each of them once.
+
+    Args:
+        name (`str`): What the rows are called.
+        max_bad_rows (`int`): How many there may be.
+        is_quiet (`bool`, *optional*, defaults to `False`): Whether to count only.
+    """
+
+    name: str
+    max_bad_rows: int
+    is_quiet: bool = False
+    bad_rows: set[int] = field(default_factory=set)
+
+    def __call__(self, number: int, problem: str | Exception) -> None:
+        """
+        Raises:
+            ValueError: if there are more than `max_bad_rows`.
+        """
+        if number in self.bad_rows:
+            return
+        self.bad_rows.add(number)
+        # Of the processes on a machine one is enough
+        if not self.is_quiet and os.environ.get("LOCAL_RANK", "0") == "0":
+            logger.warning(f"{self.name}, row {number} is left out: {problem} ({len(self.bad_rows)} so far)")
+        if len(self.bad_rows) > self.max_bad_rows:
+            raise ValueError(
+                f"more than {self.max_bad_rows} rows of {self.name} cannot be read, the last is row {number}: "
+                f"{problem}"
+            )
+
+
+def make_table(
+    path: Path, folder: Path, max_bad_rows: int, num_frames: int, cache_dir: str | Path | None = None
+) -> Dataset:
+    """The table of all rows, bad ones too; of several processes one makes it, and the others wait."""
+    state = path.stat()
+    key = [VERSION, str(path.resolve()), state.st_size, state.st_mtime_ns, str(folder.resolve()), num_frames]
+    try:
+        table: Any = Dataset.from_generator(
+            generate_rows,
+            features=FEATURES,
+            cache_dir=cache_dir,
+            gen_kwargs={"path": path, "folder": folder, "max_bad_rows": max_bad_rows, "num_frames": num_frames},
+            fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, (ValueError, OSError)):
+            raise error.__cause__ from None
+        raise
+    return table
+
+
+def generate_rows(path: Path, folder: Path, max_bad_rows: int, num_frames: int) -> Iterator[dict[str, Any]]:
+    """
+    Rows of the table.
+
+    Raises:
+        ValueError: if more than `max_bad_rows` are bad: nothing is kept of a table that could not be used.
+    """
+    report = Report(path.name, max_bad_rows, is_quiet=True)
+    for number, content in enumerate(read_rows(path), start=1):
+        turns: list[dict[str, str]] = []
+        paths: dict[str, list[str]] = {"image": [], "video": []}
         try:
-            for number, row in enumerate(rows, start=1):
-                yield {"number": number, "row": row}
-        except (ijson.JSONError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged behind row {number}: {error}") from error
-        if number == 0:
-            raise ValueError(f"{path} has no rows: expected {'JSON lines' if lines else 'a JSON list'}")
+            turns, paths = check_row(content)
+            problem = find_missing(paths, folder)
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            report(number, problem)
+        num_shown = len(paths["image"]) + num_frames * len(paths["video"])
+        yield {
+            "messages": {"number": number, "turns": turns, "videos": paths["video"]},
+            "images": paths["image"],
+            "length": sum(len(turn["text"].split()) for turn in turns) + VISION_TOKENS * num_shown,
+            "modality": "video" if paths["video"] else "image" if paths["image"] else "text",
+            "problem": problem,
+        }
+
+
+def take_good_rows(table: Dataset, folder: Path, report: Report) -> Dataset:
+    """
+    The table without bad rows. Files that were missing when it was made are looked for again.
+
+    Raises:
+        ValueError: if there are too many, or no others.
+    """
+    is_bad = table.data.column("problem").is_valid().to_numpy()
+    for index in is_bad.nonzero()[0].tolist():
+        row = table[index]
+        paths = {"image": row["images"], "video": row["messages"]["videos"]}
+        problem = find_missing(paths, folder) if row["messages"]["turns"] else row["problem"]
+        is_bad[index] = problem is not None
+        if problem is not None:
+            report(row["messages"]["number"], problem)
+    if is_bad.all():
+        raise ValueError(f"no row of {report.name} can be read")
+    if is_bad.any():
+        table = table.select((~is_bad).nonzero()[0])
+    return table.remove_columns("problem")
 
 
 @dataclass
 class RowReader:
     """
-    Turns rows into messages and images, and leaves out what cannot be read.
+    Opens the files of rows as they are read.
 
     Args:
-        name (`str`): What the rows are called in reports.
-        image_folder (`Path`): Folder the paths of images and videos start from.
-        max_bad_rows (`int`): How many rows may be left out.
+        rows (`Dataset`): All rows, of which another one takes the place of one that cannot be read.
+        folder (`Path`): Folder the paths of images and videos start from.
         num_frames (`int`): Frames sampled from a video.
+        report (`Report`): Told of rows that cannot be read.
     """
 
-    name: str
-    image_folder: Path
-    max_bad_rows: int
+    rows: Dataset
+    folder: Path
     num_frames: int
-    num_bad_rows: int = 0
+    report: Report
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        read: dict[str, list] = {"messages": [], "images": []}
-        for number, row in zip(batch["number"], batch["row"], strict=True):
+        if not {"messages", "images"} <= batch.keys():
+            return batch
+        read = [self._read(*row) for row in zip(batch["messages"], batch["images"], strict=True)]
+        return {"messages": [row[0] for row in read], "images": [row[1] for row in read]}
+
+    def _read(self, messages: dict[str, Any], images: list[str]) -> tuple[list[dict[str, Any]], list[Any]]:
+        for step in range(len(self.rows)):
             try:
-                messages, images = read_row(row, self.image_folder, self.num_frames)
+                paths = {"image": images, "video": messages["videos"]}
+                return open_row(messages["turns"], paths, self.folder, self.num_frames)
             except (ValueError, OSError) as error:
-                self._report(number, error)
-                continue
-            read["messages"].append(messages)
-            read["images"].append(images)
-        return read
-
-    def _report(self, number: int, error: Exception) -> None:
-        self.num_bad_rows += 1
-        logger.warning(f"{self.name}, row {number} is left out: {error} ({self.num_bad_rows} so far)")
-        if self.num_bad_rows > self.max_bad_rows:
-            raise ValueError(
-                f"more than {self.max_bad_rows} rows of {self.name} cannot be read, the last is row {number}: {error}"
-            ) from error
-
-
-def read_row(row: Any, image_folder: Path, num_frames: int) -> tuple[list[dict[str, Any]], list[Any]]:
-    """
-    Messages, in the format of chat templates, and images of a row.
-
-    Raises:
-        ValueError: if roles, `<image>`, `<video>` and files do not fit together, or a file is damaged.
-        FileNotFoundError: if an image or a video does not exist.
-    """
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list) or not row["conversations"]:
-        raise ValueError("it has no conversations")
-    messages = [read_turn(turn) for turn in row["conversations"]]
-    roles = [message["role"] for message in messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
-        raise ValueError(f"human and gpt do not take turns: {', '.join(roles)}")
-    parts = [part for message in messages for part in message["content"]]
-    images, videos = (find_paths(row, parts, kind) for kind in ("image", "video"))
-    for part, path in zip((part for part in parts if part["type"] == "video"), videos, strict=True):
-        part["video"] = list(read_frames(image_folder / path, num_frames))
-    return messages, [open_image(image_folder / path) for path in images]
-
-
-def find_paths(row: dict[str, Any], parts: list[dict[str, Any]], kind: str) -> list[str]:
-    """
-    Paths of the images or the videos of a row.
-
-    Raises:
-        ValueError: if they are not as many as its text asks for.
-    """
-    paths = row.get(kind) or row.get(f"{kind}s") or []
-    paths = [paths] if isinstance(paths, str) else paths
-    num_parts = sum(part["type"] == kind for part in parts)
-    if num_parts != len(paths):
-        raise ValueError(f"it says <{kind}> {num_parts} times, but has {len(paths)} {kind}s")
-    return paths
-
-
-def read_turn(turn: Any) -> dict[str, Any]:
-    """One message, its text cut into parts of text, images and videos."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise ValueError(f"a turn is no {{'from': ..., 'value': ...}}: {str(turn)[:80]}")
-    role = ROLES.get(turn.get("from", ""))
-    if role is None:
-        raise ValueError(f"a turn is from {turn.get('from')!r}, expected human or gpt")
-    pieces = re.split(f"({'|'.join(KINDS)})", turn["value"])
-    texts = [piece.strip() if len(pieces) > 1 else piece for piece in pieces]
-    parts = [{"type": KINDS[text]} if text in KINDS else {"type": "text", "text": text} for text in texts if text]
-    return {"role": role, "content": parts}
+                self.report(messages["number"], error)
+            # The same one in every process, and after a resume
+            row = self.rows[(messages["number"] + step) % len(self.rows)]
+            messages, images = row["messages"], row["images"]
+        raise ValueError(f"no row of {self.report.name} can be read")
 
 
 __all__ = ["load_llava_data"]

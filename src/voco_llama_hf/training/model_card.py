@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +18,78 @@ from peft import PeftModel
 
 from ..hub import eval_result, make_card
 from ..hub.card import save_card
+from ..loading import is_hub_id
 from .distillation import bare
 
 
+DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
 EVALUATED = {"eval_loss": ("loss", 1), "eval_mean_token_accuracy": ("token_accuracy", 100)}
 
 
-def write_training_card(trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]) -> Path:
+def write_training_card(
+    trainer: Any,
+    model_name: str | None,
+    dataset_name: str | None,
+    tags: list[str],
+    eval_dataset_name: str | None,
+    eval_split: str,
+) -> Path:
     """Writes the card of what [`VoCoSFTTrainer`] trains to its output folder, or refreshes the one that is there."""
     args, config = trainer.args, bare(trainer.model).config
     folder = Path(args.output_dir)
     path = folder / REPOCARD_NAME
+    is_adapter = isinstance(trainer.model, PeftModel)
     origin = config._name_or_path
-    datasets = [dataset_name] if dataset_name is not None else []
-    label = Path(dataset_name).name if dataset_name is not None and os.path.exists(dataset_name) else dataset_name
     card = make_card(
         config,
         trainer.processing_class,
-        trainer.hub_model_id or args.output_dir,
+        trainer.hub_model_id or folder.absolute().name,
         ModelCard.load(path) if path.is_file() else None,
         name=model_name or folder.absolute().name,
-        base_model=None if not origin or os.path.isdir(origin) else origin,
-        base_model_relation="adapter" if isinstance(trainer.model, PeftModel) else "finetune",
-        # Those of the Hub, which a path of this machine is not
-        datasets=[name for name in datasets if "/" in name and not os.path.exists(name)],
+        base_model=origin if origin and is_hub_id(origin) and not os.path.isdir(origin) else None,
+        base_model_relation="finetune" if not is_adapter else None,
+        is_adapter=is_adapter,
+        ships_code=not is_adapter,
+        datasets=[dataset_name] if dataset_name is not None and is_on_hub(dataset_name) else [],
         tags=tags,
-        eval_results=training_results(trainer, label),
+        eval_results=training_results(trainer, eval_dataset_name, eval_split),
         training=training_text(trainer),
     )
     folder.mkdir(parents=True, exist_ok=True)
     return save_card(card, folder)
 
 
-def training_results(trainer: Any, dataset_name: str | None) -> list[EvalResult]:
-    """Figures of the last evaluation on the data that are named."""
+def is_on_hub(name: str) -> bool:
+    """Whether a name of data can be one of the Hub, and not a path, even one that is of another machine or gone."""
+    is_path = os.path.exists(name) or name.count("/") != 1 or Path(name).suffix in DATA_SUFFIXES
+    return not is_path and is_hub_id(name)
+
+
+@contextmanager
+def without_automatic_card(folder: Path) -> Iterator[None]:
+    """Keeps the card of a folder as it is, or its lack, whatever saving adapters writes there."""
+    path = folder / REPOCARD_NAME
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if before is not None:
+        path.write_bytes(before)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def training_results(trainer: Any, dataset_name: str | None, split: str) -> list[EvalResult]:
+    """Figures of the last evaluation on the data that are named; one that came to no number is none."""
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
     if dataset_name is None or not evaluated:
         return []
+    # A path says more of this machine than of the data
+    label = dataset_name if is_on_hub(dataset_name) else Path(dataset_name).name
     # An evaluation reads with the first choice
     return [
-        eval_result(dataset_name, metric, scale * evaluated[-1][key], choices[0] or None, split="eval")
+        eval_result(label, metric, scale * evaluated[-1][key], choices[0] or None, split=split)
         for key, (metric, scale) in EVALUATED.items()
-        if key in evaluated[-1]
+        if math.isfinite(evaluated[-1].get(key, math.nan))
     ]
 
 
@@ -69,7 +101,9 @@ def training_text(trainer: Any) -> str:
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     choices = [str(k or "uncompressed") for k in args.num_voco_tokens or []]
     adapters = trainer.model.peft_config["default"].peft_type.value if isinstance(trainer.model, PeftModel) else None
-    distillation = f"weight {args.distillation_weight}, teacher `{args.teacher}`" if args.distillation_weight else None
+    # Of a path, the name
+    teacher = Path(args.teacher).absolute().name if os.path.isdir(args.teacher) else args.teacher
+    distillation = f"weight {args.distillation_weight}, teacher `{teacher}`" if args.distillation_weight else None
     rows = {
         "method": "supervised fine-tuning under the VoCo mask, with [TRL](https://github.com/huggingface/trl)",
         "adapters": adapters,

@@ -23,6 +23,10 @@ class VoCoSFTConfig(SFTConfig):
             Compress all images of a batch together, and let the text read what is left of them, instead of running
             long sequences with all vision tokens: less work for rows of several images or of many frames. Not with
             gradient checkpointing.
+        group_by_modality_length (`bool`, *optional*, defaults to `False`):
+            Whether the rows of a step are of one modality and about one length, as in LLaVA's own recipe: less
+            padding, and no step waits for a lone image. The data set has columns `length` and `modality`, as that of
+            [`load_llava_data`].
         freeze (`list[str]`, *optional*, defaults to `["vision_tower"]`):
             Names of the modules that are not trained, as they stand in the names of the parameters.
         distillation_weight (`float`, *optional*, defaults to `0.0`):
@@ -50,6 +54,10 @@ class VoCoSFTConfig(SFTConfig):
     two_stages: bool = field(
         default=False,
         metadata={"help": "Compress the images of a batch first, for rows of several images or of many frames."},
+    )
+    group_by_modality_length: bool = field(
+        default=False,
+        metadata={"help": "Rows of a step are of one modality and about one length, for data in LLaVA's format."},
     )
     freeze: list[str] = field(
         default_factory=lambda: ["vision_tower"],
