@@ -28,7 +28,7 @@ class OneLineErrors(TyperGroup):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             exit_code = super().main(*args, **kwargs)
-        except (UsageProblem, OSError, ValueError, RuntimeError, MemoryError) as error:
+        except (UsageProblem, ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
             exit_code = report(error)
         except Exception as error:
             # Where typer's own usage errors live depends on its version; all of them can format themselves
