@@ -35,7 +35,7 @@ STRACE = shutil.which("strace")
 def kill_at_events(action: Callable[[], None], folder: Path, step: int = 1) -> Iterator[bool]:
     """Kills a process at every `step`-th thing that it does to a file in a folder, or says to SQLite, till it ends."""
     number = 1
-    while _run(action, partial(_kill_myself_at, number, folder)):
+    while _run(action, partial(kill_myself_at, number, folder)):
         yield True
         number += step
 
@@ -90,7 +90,7 @@ def _wait_for_strace(log: Path) -> None:
     raise TimeoutError("strace did not come")
 
 
-def _kill_myself_at(number: int, folder: Path) -> None:
+def kill_myself_at(number: int, folder: Path) -> None:
     left = number
 
     def tick(*args: object) -> None:

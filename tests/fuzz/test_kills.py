@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -213,25 +214,37 @@ def test_a_folder_at_each_call(quick_folder):
     print(f"folder: killed at {kill_a_folder(quick_folder, lambda run, folder: kill_at_calls(run, step=9))} calls")
 
 
+EXPORT = """
+import sys
+from pathlib import Path
+from fuzz.killing import kill_myself_at
+from modeling.helpers import tiny_model
+from voco_llama_hf.export import export_onnx
+
+target = Path(sys.argv[1])
+if int(sys.argv[2]):
+    kill_myself_at(int(sys.argv[2]), target.parent)
+export_onnx(tiny_model(), target)
+"""
+
+
 @pytest.mark.slow
 def test_export(quick_folder):
-    """The real one, killed at a few of its writes."""
+    """The real one, killed at some of its writes; in processes of its own, whose threads outlive no fork."""
     pytest.importorskip("onnxscript")
-    from voco_llama_hf.export import export_onnx
+    target = quick_folder / "onnx"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
 
-    target, number = quick_folder / "onnx", 0
-    model = tiny_model()
-    export_onnx(model, target)
-    expected = set(os.listdir(target))
-    shutil.rmtree(target)
-    for killed in kill_at_events(lambda: export_onnx(model, target) and None, quick_folder, step=3):
-        number += killed
-        assert not target.exists() or set(os.listdir(target)) == expected
-        if not target.exists():
-            export_onnx(model, target)
-        assert os.listdir(quick_folder) == ["onnx"] and set(os.listdir(target)) == expected
-        shutil.rmtree(target)
-    print(f"export: killed at {number} events")
+    def export(number: int) -> int:
+        command = [sys.executable, "-c", EXPORT, str(target), str(number)]
+        return subprocess.run(command, env=environment, capture_output=True).returncode
+
+    killed = [export(number) for number in (1, 2, 3)]
+    assert killed == [-9] * 3 and not target.exists()
+    assert len(os.listdir(quick_folder)) == 1  # each has removed what the one before it left
+    assert export(0) == 0
+    assert os.listdir(quick_folder) == ["onnx"]
+    assert {"compressor_model.onnx", "decoder_model.onnx", "config.json"} <= set(os.listdir(target))
 
 
 def test_who_lives_is_left_alone(tmp_path):
