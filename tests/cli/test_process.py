@@ -6,6 +6,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 
 COMMAND = Path(sys.executable).with_name("voco-llama")
 
