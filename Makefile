@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-slow quality style docs dist check-dist train-tiny clean
+.PHONY: demo test test-matrix test-slow quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -42,8 +42,13 @@ dist: $(VENV)/.installed-dev
 check-dist: dist
 	DIST="$(CURDIR)/dist" TORCH="$(TORCH)" $(BIN)/python -m pytest -m "slow or not slow" tests/distribution/test_distribution.py
 
+# The embedded checkpoint, from random weights; interrupted, it goes on where it was
 train-tiny: $(VENV)/.installed-dev
-	$(BIN)/python -m voco_llama_hf.scenes.tiny
+	$(BIN)/python -m voco_llama_hf.scenes.tiny --output-dir src/voco_llama_hf/checkpoints/voco-scenes-tiny
+
+# The same with 576 vision tokens, from the embedded checkpoint; compiled layers are no faster there
+train-576: $(VENV)/.installed-dev
+	$(BIN)/python -m voco_llama_hf.scenes.tiny --recipe scenes-576 --no-compile
 
 clean:
 	rm -rf $(VENV) .matrix build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ SHIPPED = (
     "voco_llama_hf/hub/model_card.md",
     "voco_llama_hf/hub/attention.png",
     "voco_llama_hf/modeling/modeling_voco_llama.py",
-    "voco_llama_hf/training/recipes/tiny.yaml",
+    "voco_llama_hf/scenes/recipes/tiny.yaml",
     "voco_llama_hf/training/accelerate_configs/fsdp2.yaml",
 )
 

@@ -27,6 +27,7 @@ from .stopwatch import Spent, Stopwatch
 
 UNCOMPRESSED = 0  # in place of a number of VoCo tokens
 MAX_QUESTION = 500  # characters
+LIMITS = Limits(max_pixels=25_000_000, max_tokens=256, max_queue=32)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class DemoEngine:
     Args:
         model ([`VoCoLlamaForConditionalGeneration`]): Model that answers.
         processor ([`VoCoLlamaProcessor`]): Its processor.
-        limits ([`Limits`], *optional*):
+        limits ([`Limits`], *optional*, defaults to [`LIMITS`]):
             Bounds: bytes of a file, pixels of an image, frames of a video (`max_images`), tokens of an answer.
         image_cache_bytes (`int`, *optional*, defaults to 256,000,000): Bytes of compressed images to remember.
     """
@@ -90,12 +91,12 @@ class DemoEngine:
         self,
         model: VoCoLlamaForConditionalGeneration,
         processor: VoCoLlamaProcessor,
-        limits: Limits | None = None,
+        limits: Limits = LIMITS,
         image_cache_bytes: int = 256_000_000,
     ):
         self.model: Any = model
         self.processor = processor
-        self.limits = limits or Limits(max_tokens=256)
+        self.limits = limits
         self.num_frames = min(processor.num_frames, self.limits.max_images)
         self.cost = CostModel(model.config)
         self.num_vision_tokens = self.cost.num_vision_tokens

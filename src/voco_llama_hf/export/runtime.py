@@ -21,10 +21,10 @@ from ..files import new_folder
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from ..modeling.cache_voco_llama import check_cache
 from ..modeling.compat_voco_llama import CACHE
+from ..modeling.compression_voco_llama import COMPRESSION_BATCH_SIZE
 from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
 from ..modeling.injection_voco_llama import CompressedImages
 from ..modeling.layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
-from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE
 from ..modeling.outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast
 from ..modeling.rotation_voco_llama import rotate_keys
 from .files import FINGERPRINT

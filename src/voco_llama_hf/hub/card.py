@@ -14,6 +14,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from ..files import check_inside, written_aside
 from ..loading import find_base, is_adapter_folder, is_hub_id, load_config, load_processor
 from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
+from ..modeling.compat_voco_llama import NEWEST_TESTED, OLDEST
 from ..prompts import starts_with_bos
 from .cost import CostModel, ImageCost
 from .metadata import check_base_model, check_license
@@ -121,6 +122,8 @@ def make_card(
         name=name,
         model_id=model_id,
         ships_code=ships_code,
+        oldest_transformers="{}.{}".format(*OLDEST),
+        newest_transformers="{}.{}".format(*NEWEST_TESTED),
         adapted=next(iter(as_list(data.base_model)), BASE_PLACEHOLDER) if is_adapter else None,
         description=description,
         image_size=size,

@@ -18,14 +18,14 @@ from .runtime_voco_llama import hooked_device, is_compiled, layers_alike, withou
 
 
 if TYPE_CHECKING:
-    from .modeling_voco_llama import VoCoLlamaModel
+    from .compression_voco_llama import VoCoLlamaCompressionMixin
 
 # Behind columns that are left out attention needs a mask, which costs about as much as an eighth more columns
 MIN_FRONT_SHARE = 1 / 8
 
 
 def compress_segments(
-    model: "VoCoLlamaModel", vision: torch.Tensor, num_voco_tokens: int
+    model: "VoCoLlamaCompressionMixin", vision: torch.Tensor, num_voco_tokens: int
 ) -> tuple[CompressionCache, torch.Tensor]:
     """
     One causal pass over a batch of segments.
@@ -54,7 +54,7 @@ def compress_segments(
 
 
 def compress_images(
-    model: "VoCoLlamaModel",
+    model: "VoCoLlamaCompressionMixin",
     pixel_values: torch.Tensor,
     counts: list[int],
     batch_size: int,
@@ -76,7 +76,7 @@ def compress_images(
 
 
 def _compress_batch(
-    model: "VoCoLlamaModel", pixel_values: torch.Tensor, counts: list[int], vision_options: dict[str, Any]
+    model: "VoCoLlamaCompressionMixin", pixel_values: torch.Tensor, counts: list[int], vision_options: dict[str, Any]
 ) -> list[torch.Tensor]:
     # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
     length = max(counts)
@@ -94,7 +94,7 @@ def _compress_batch(
 
 
 def run_second_stage(
-    model: "VoCoLlamaModel",
+    model: "VoCoLlamaCompressionMixin",
     inputs_embeds: torch.Tensor,
     images: CompressedImages,
     cache: Cache | None,
@@ -193,7 +193,7 @@ def _with_voco_states(
 
 
 def _runs_all(
-    model: "VoCoLlamaModel", num_front: int, length: int, attention_mask: Any, arguments: dict[str, Any]
+    model: "VoCoLlamaCompressionMixin", num_front: int, length: int, attention_mask: Any, arguments: dict[str, Any]
 ) -> bool:
     """Whether columns in front of all text are run, and their keys and values replaced."""
     config = model.config.text_config
