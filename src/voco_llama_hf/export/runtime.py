@@ -21,10 +21,10 @@ from ..files import new_folder
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from ..modeling.cache_voco_llama import check_cache
 from ..modeling.compat_voco_llama import CACHE
-from ..modeling.compression_voco_llama import COMPRESSION_BATCH_SIZE
+from ..modeling.compression_voco_llama import COMPRESSION_BATCH_SIZE, fit_counts
 from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
 from ..modeling.injection_voco_llama import CompressedImages
-from ..modeling.layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
+from ..modeling.layout_voco_llama import per_image_counts
 from ..modeling.outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast
 from ..modeling.rotation_voco_llama import rotate_keys
 from .files import FINGERPRINT
@@ -269,20 +269,12 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         if chosen := sorted(name for name, value in vision_options.items() if value is not None):
             raise ValueError(f"{chosen[0]} is fixed in the exported graph: export a model whose configuration says it")
         given: Any = pixel_values if voco_cache is None else voco_cache
-        if voco_cache is not None and num_voco_tokens is None:
-            num_voco_tokens = voco_cache.token_counts
-        counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
-        find_starts(voco_mask, counts)
+        counts = fit_counts(voco_mask, len(given), num_voco_tokens, voco_cache)
         if voco_cache is None:
             voco_cache = self.compress(given, counts, show_progress=False)
         else:
-            voco_cache.resolve(counts)
             check_cache(voco_cache, self.config, self.fingerprint())
-        offsets = np.concatenate([np.arange(count) for count in counts])
-        rows, columns = voco_mask.nonzero()
-        return CompressedImages(
-            voco_cache.keys, voco_cache.values, None, offsets, rows, columns + start, len(voco_mask)
-        )
+        return CompressedImages.place(voco_cache.keys, voco_cache.values, None, counts, voco_mask, start)
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):  # type: ignore[override]
         """
