@@ -366,7 +366,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         if use_cache:
             write_cache(cache, present)
         logits = slice_logits_to_keep(logits, logits_to_keep)
-        return VoCoLlamaCausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        named_cache: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return VoCoLlamaCausalLMOutputWithPast(logits=logits, **named_cache)
 
     def _decode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: KeyValues
