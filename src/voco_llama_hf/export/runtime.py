@@ -87,18 +87,18 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         files: Sequence[Path] = (),
     ):
         self.compressor, self.decoder = compressor, decoder
-        self.config: Any = config
+        self.config = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self._files = list(files)
         self._aside: tempfile.TemporaryDirectory | None = None
-        text_config: Any = config.text_config
-        self._signature = Signature(text_config)
+        text_config = config.text_config
+        self._signature = Signature(text_config)  # type: ignore[arg-type]
         self._signature.check(compressor, decoder)
         self.dtype, _ = decoder.output_types["present.0.key"]
         self.device = decoder.device
         # Images are put in at their place, for which their keys are rotated
         with torch.device("meta"):
-            rotary_class: Any = type(AutoModel.from_config(text_config).rotary_emb)
+            rotary_class = type(AutoModel.from_config(text_config).rotary_emb)
         self.rotary_emb = rotary_class(text_config).to(self.device)
 
     @classmethod
@@ -203,7 +203,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
     def eval(self) -> "ORTVoCoLlamaForConditionalGeneration":
         return self
 
-    def to(self, device: Any) -> "ORTVoCoLlamaForConditionalGeneration":
+    def to(self, device: str | int | torch.device) -> "ORTVoCoLlamaForConditionalGeneration":
         """
         Raises:
             ValueError: if it asks for another device than that of the provider.
@@ -268,7 +268,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         """See [`VoCoLlamaModel.get_compressed_images`]; what the vision tower hands on is fixed in the graph."""
         if chosen := sorted(name for name, value in vision_options.items() if value is not None):
             raise ValueError(f"{chosen[0]} is fixed in the exported graph: export a model whose configuration says it")
-        given: Any = pixel_values if voco_cache is None else voco_cache
+        given: Any = pixel_values if voco_cache is None else voco_cache  # one of both is there
         counts = fit_counts(voco_mask, len(given), num_voco_tokens, voco_cache)
         if voco_cache is None:
             voco_cache = self.compress(given, counts, show_progress=False)

@@ -1,6 +1,6 @@
 """Images into VoCo tokens: for later questions, as a [`VoCoCache`], or for the batch in which they stand."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ COMPRESSION_BATCH_SIZE = 16
 class VoCoLlamaCompressionMixin:
     """Compression for a model of a vision tower and a text model, see [`VoCoLlamaModel`]."""
 
-    config: Any
+    config: Any  # a VoCoLlamaConfig, whose parts are of whatever classes they name
     dtype: torch.dtype
-    embed_ids: Any
-    language_model: Any
-    get_vision_features: Any
+    embed_ids: Callable[[list[int]], torch.Tensor]
+    language_model: Any  # of whatever class the configuration names
+    get_input_embeddings: Callable[[], torch.nn.Module]
+    get_vision_features: Callable[..., torch.Tensor]
     training: bool
     _fingerprint: FingerprintMemo
     _rotation_is_checked: bool
@@ -126,7 +127,7 @@ class VoCoLlamaCompressionMixin:
             ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, or another model has made
                 `voco_cache`.
         """
-        given: Any = pixel_values if voco_cache is None else voco_cache
+        given: Any = pixel_values if voco_cache is None else voco_cache  # one of both is there
         counts = fit_counts(voco_mask, len(given), num_voco_tokens, voco_cache)
         self._check_rotation()
         if voco_cache is not None:
