@@ -5,13 +5,17 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow quality style docs dist train-tiny clean
+.PHONY: demo test test-matrix test-slow quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+
+# The core tests on each version of transformers, in .matrix; VERSIONS="oldest 5.22 main" and TESTS choose
+test-matrix:
+	TORCH="$(TORCH)" OMP_NUM_THREADS=1 $(PYTHON) tests/matrix.py $(VERSIONS) $(if $(TESTS),--tests $(TESTS))
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -34,11 +38,20 @@ docs: $(VENV)/.installed-dev
 dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build --outdir dist
 
+# What is in dist, in an environment of its own: what a release must pass
+check-dist: dist
+	DIST="$(CURDIR)/dist" TORCH="$(TORCH)" $(BIN)/python -m pytest -m "slow or not slow" tests/distribution/test_distribution.py
+
+# The embedded checkpoint, from random weights; interrupted, it goes on where it was
 train-tiny: $(VENV)/.installed-dev
-	$(BIN)/python -m voco_llama_hf.scenes.tiny
+	$(BIN)/python -m voco_llama_hf.scenes.tiny --output-dir src/voco_llama_hf/checkpoints/voco-scenes-tiny
+
+# The same with 576 vision tokens, from the embedded checkpoint; compiled layers are no faster there
+train-576: $(VENV)/.installed-dev
+	$(BIN)/python -m voco_llama_hf.scenes.tiny --recipe scenes-576 --no-compile
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

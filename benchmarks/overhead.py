@@ -28,7 +28,8 @@ from voco_llama_hf.benchmark.presets import PRESETS, build_model
 from voco_llama_hf.benchmark.question import LIMIT, NO_CACHE, VOCO_CACHE, Question, make_networks
 from voco_llama_hf.benchmark.results import about
 from voco_llama_hf.files import written_aside
-from voco_llama_hf.modeling import generation_voco_llama, modeling_voco_llama
+from voco_llama_hf.modeling import generation_voco_llama, modeling_voco_llama, two_stages_voco_llama
+from voco_llama_hf.modeling.injection_voco_llama import CompressedImages, InjectionCache
 
 
 LLAVA = "text only, LLaVA"
@@ -37,11 +38,11 @@ PARTS = {
     "find new images": (generation_voco_llama, "find_new_images"),
     "compare fingerprints": (modeling_voco_llama.VoCoLlamaModel, "fingerprint"),
     "rotate keys": (modeling_voco_llama.VoCoLlamaModel, "rotate_keys"),
-    "find columns in front": (modeling_voco_llama, "count_front_columns"),
-    "lay out keys and values": (modeling_voco_llama.InjectionCache, "__init__"),
-    "expand": (modeling_voco_llama.VoCoLlamaForConditionalGeneration, "_expand_multimodal_outputs"),
-    INJECT: (modeling_voco_llama.InjectionCache, "update"),
-    FILL: (Cache, "update"),  # transformers' own, inside of the one above
+    "find columns in front": (two_stages_voco_llama, "count_front_columns"),
+    "lay out keys and values": (InjectionCache, "__init__"),
+    "choose the tokens of a pass": (CompressedImages, "window"),
+    INJECT: (InjectionCache, "update"),
+    FILL: (Cache, "update"),  # transformers' own, inside of the one above and where columns are left out
 }
 
 
@@ -67,7 +68,7 @@ class Stopwatch:
         """What the parts took since the last reading."""
         seconds = dict(self.seconds)
         self.seconds.clear()
-        seconds[INJECT] -= seconds.pop(FILL)
+        seconds[INJECT] -= min(seconds[INJECT], seconds.pop(FILL))
         return seconds
 
 

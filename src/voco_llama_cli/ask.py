@@ -71,8 +71,16 @@ def ask(
     check_sampling_options(num_frames, fps)
     check_video_extra(images)
     from voco_llama_hf.images import open_image
+    from voco_llama_hf.modeling.cache_voco_llama import check_cache
     from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
-    from voco_llama_hf.prompts import build_prompt, check_question, starts_with_bos
+    from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
+    from voco_llama_hf.prompts import (
+        build_prompt,
+        check_num_tokens,
+        check_question,
+        check_text_length,
+        starts_with_bos,
+    )
     from voco_llama_hf.videos import is_video
 
     from .loading import find_model, load_model
@@ -85,8 +93,13 @@ def ask(
     if store is not None:
         stored = from_store(store, names or [], num_voco_tokens)
     network, processor = load_model(name, device, dtype)
+    if stored is not None:
+        made_for = with_images(network.fingerprint(), processor.image_processor)
+        check_cache(stored.cache, network.config, made_for, what=str(cache or store))
+    window = network.config.text_config.max_position_embeddings
     try:
         check_question(question, processor)
+        check_text_length(question, processor, window)
     except ValueError as error:
         raise UsageProblem(str(error)) from None
 
@@ -105,8 +118,11 @@ def ask(
         add_special_tokens=not starts_with_bos(prompt, processor),
         return_tensors="pt",
     ).to(network.device)
-    ids = network.generate(**inputs, voco_cache=voco_cache, max_new_tokens=max_new_tokens, do_sample=False)
-    answer = ids[0, inputs["input_ids"].shape[1] :]
+    length = inputs["input_ids"].shape[1]
+    check_num_tokens(length, window)
+    room = min(max_new_tokens, window - length)
+    ids = network.generate(**inputs, voco_cache=voco_cache, max_new_tokens=room, do_sample=False)
+    answer = ids[0, length:]
     answered = clock()
 
     typer.echo(processor.decode(answer, skip_special_tokens=True).strip())

@@ -134,19 +134,18 @@ def build(
     model: str | None, preset: Preset | None, device: str | None, dtype: Dtype | None, report: Callable[[str], None]
 ) -> tuple[str, Any, Any]:
     """Name, model (none on the meta device) and configuration."""
-    from .loading import check_config, find_device, find_model, load_model, silence_transformers
+    from .loading import find_device, find_model, load_model, silence_transformers
 
     silence_transformers()
     import torch
 
     from voco_llama_hf.benchmark.presets import PRESETS, build_model
-    from voco_llama_hf.modeling import VoCoLlamaConfig
+    from voco_llama_hf.loading import load_config
 
     if preset is None:
         name = find_model(model)
         if device == "meta":
-            check_config(name)
-            return Path(name).name, None, VoCoLlamaConfig.from_pretrained(name)
+            return Path(name).name, None, load_config(name)
         network, _ = load_model(name, device, dtype)
         return Path(name).name, network, network.config
     config = PRESETS[preset.value]()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageProblem
+from .loading import find_model
 
 
 class Relation(StrEnum):
@@ -23,7 +24,8 @@ class Relation(StrEnum):
 LicenseOption = Annotated[str | None, typer.Option("--license", help="Licence, as in apache-2.0.")]
 BaseModelOption = Annotated[str | None, typer.Option(help="Hub id of the model that this one was made of.")]
 RelationOption = Annotated[
-    Relation | None, typer.Option("--relation", help="How it was made of the base model. By default finetune.")
+    Relation | None,
+    typer.Option("--relation", help="How it was made of the base model. By default finetune, of adapters adapter."),
 ]
 DatasetsOption = Annotated[
     list[str] | None, typer.Option("--dataset", help="Hub id of training data; can be given several times.")
@@ -37,7 +39,7 @@ ResultsOption = Annotated[
 
 
 def card(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or one of adapters.")],
     repo_id: Annotated[str | None, typer.Option(help="Hub id that the quick start is to load.")] = None,
     license: LicenseOption = None,
     base_model: BaseModelOption = None,
@@ -53,12 +55,11 @@ def card(
     """
     check_model_folder(model)
     check_results(results)
-    from .loading import check_config, silence_transformers
+    from .loading import silence_transformers
 
     silence_transformers()
     from voco_llama_hf.hub import write_card
 
-    check_config(str(model))
     path = write_card(
         model,
         repo_id,
@@ -78,8 +79,7 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise UsageProblem(f"no such model folder: {folder}")
-    if not (folder / "config.json").is_file():
-        raise UsageProblem(f"{folder} is not a model folder: it has no config.json")
+    find_model(str(folder))
 
 
 def check_results(path: Path | None) -> None:

@@ -51,6 +51,7 @@ def compress(
 
     from voco_llama_hf.modeling import VoCoCache
     from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
+    from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
 
     count = num_voco_tokens or processor.num_voco_tokens
     caches = []
@@ -62,6 +63,7 @@ def compress(
         inputs = processor(images=pictures, num_voco_tokens=count, return_tensors="pt")
         caches.append(network.compress(**inputs, batch_size=batch_size))
     cache = VoCoCache.cat(caches)
+    cache.fingerprint = with_images(cache.fingerprint, processor.image_processor)
     cache.save(output)
 
     full_bytes = cache.nbytes // count * count_vision_tokens(network.config)

@@ -50,7 +50,7 @@ def convert(
 
     with Console(stderr=True).status(f"Converting {source}"):
         silence_transformers()
-        from voco_llama_hf.conversion.convert import convert_checkpoint
+        from voco_llama_hf.conversion import convert_checkpoint
 
         report = convert_checkpoint(
             source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,29 +35,22 @@ def demo(
     voco-llama demo voco-llama-7b --host 0.0.0.0 --port 8080
     """
     check_extra("demo", "demo", ["gradio"])
+    from voco_llama_hf.addresses import listen
+
     from .loading import find_model, load_model
 
     name = find_model(model)
+    listen(host, port or 0).close()  # an error before the model is loaded, not after
     network, processor = load_model(name, device, dtype)
 
     from rich.console import Console
 
-    from voco_llama_hf import EMBEDDED_CHECKPOINT
     from voco_llama_hf.demo import DemoEngine
-    from voco_llama_hf.demo.examples import ABOUT_EMBEDDED, ABOUT_OTHERS, EMBEDDED_EXAMPLES, QUESTIONS
     from voco_llama_hf.demo.launch import launch
-    from voco_llama_hf.hub.card import scaled
     from voco_llama_hf.serving import Limits
 
     limits = Limits(max_upload_mb * 1_000_000, max_megapixels * 1_000_000, max_frames, max_tokens, max_queue)
     engine = DemoEngine(network, processor, limits, image_cache_mb * 1_000_000)
     with Console(stderr=True).status("Warming up"):
         engine.warm_up()
-    is_embedded = Path(name).exists() and Path(name).samefile(EMBEDDED_CHECKPOINT)
-    about = (ABOUT_EMBEDDED if is_embedded else ABOUT_OTHERS).format(
-        name=Path(name).resolve().name if Path(name).is_dir() else name,
-        parameters=scaled(engine.cost.num_parameters, ("", "thousand", "million", "billion")),
-        vision_tokens=engine.num_vision_tokens,
-    )
-    examples, questions = (EMBEDDED_EXAMPLES, QUESTIONS) if is_embedded else ((), ())
-    launch(engine, about, examples, questions, host, port, announce=lambda url: typer.echo(f"Open {url}"))
+    launch(engine, name, host, port, announce=typer.echo)

@@ -47,9 +47,16 @@ class Suite(StrEnum):
     scenes = "scenes"
     videos = "videos"
     retention = "retention"
+    video_retention = "video-retention"
 
 
-DEFAULT_COUNTS = {Suite.scenes: "1 2 4 8", Suite.videos: "2", Suite.retention: "1 2 4 8 16"}
+TRAINS = (Suite.retention, Suite.video_retention)
+DEFAULT_COUNTS = {
+    Suite.scenes: "1 2 4 8",
+    Suite.videos: "2",
+    Suite.retention: "1 2 4 8 16",
+    Suite.video_retention: "1 2 8",
+}
 
 
 class Evaluate(TyperCommand):
@@ -66,7 +73,8 @@ def evaluate(
         typer.Option(
             help="scenes: how many questions about images a model answers right. videos: about short videos, with all "
             "frames, with one, and out of order. retention: what survives VoCo tokens, and other "
-            "ways to shorten an image, all trained alike from one start: hours without a GPU."
+            "ways to shorten an image, all trained alike from one start: hours without a GPU. video-retention: "
+            "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID."
         ),
     ] = Suite.scenes,
     split: Annotated[Split, typer.Option(help="Split of the scenes.")] = Split.test,
@@ -75,19 +83,28 @@ def evaluate(
         typer.Option(
             *NUMBERS_OPTIONS,
             metavar="K [K...]",
-            help="Numbers of VoCo tokens to compare. By default 1 2 4 8, of videos 2, of retention 1 2 4 8 16.",
+            help="Numbers of VoCo tokens to compare. By default 1 2 4 8, of videos 2, of retention 1 2 4 8 16, of "
+            "video-retention 1 2 8.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Scenes or videos to ask about.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 128,
     work_dir: Annotated[
-        Path, typer.Option(help="Of retention: folder of data, weights and answers; what is there is not made again.")
-    ] = Path("runs") / "retention",
-    steps: Annotated[int, typer.Option(min=1, help="Of retention: steps that everything is trained for.")] = 1000,
-    seeds: Annotated[int, typer.Option(min=1, help="Of retention: how often everything is trained.")] = 3,
+        Path | None,
+        typer.Option(
+            help="Of retention and video-retention: folder of weights and answers; what is there is not made again. "
+            "By default in runs/, as the suite."
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Of both retentions: steps that everything is trained for.")
+    ] = 1000,
+    seeds: Annotated[int, typer.Option(min=1, help="Of both retentions: how often everything is trained.")] = 3,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="JSON file to write the results to; .md for the tables of retention."),
+        typer.Option(
+            "--output", "-o", help="JSON file to write the results to; .md for the tables of both retentions."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw the results into (.png, .pdf, .svg).")] = None,
     device: DeviceOption = None,
@@ -101,21 +118,25 @@ def evaluate(
     voco-llama evaluate --suite videos --num-voco-tokens 1 2
 
     voco-llama evaluate --suite retention --output retention.json --plot retention.png
+
+    voco-llama evaluate --suite video-retention --output videos.json --plot videos.png
     """
-    check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite is Suite.retention else TRAIN_EXTRA)
+    check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
     counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
     check_plot(plot)
-    if suite is not Suite.retention:
+    if suite not in TRAINS:
         evaluate_model(suite, model, split.value, counts, limit, batch_size, output, plot, device, dtype)
     else:
         if any(option is not None for option in (model, device, dtype)):
             raise UsageProblem(
-                "--suite retention trains its own models: --model, --device and --dtype do not go with it"
+                f"--suite {suite} trains its own models: --model, --device and --dtype do not go with it"
             )
-        compare_compressors(work_dir, steps, seeds, split.value, counts, limit, output, plot)
+        compare = compare_compressors if suite is Suite.retention else compare_video_compressors
+        folder = work_dir or Path("runs") / suite.value
+        compare(folder, steps, seeds, split.value, counts, limit, output, plot)
 
 
 def check_counts(text: str) -> tuple[int, ...]:
@@ -158,15 +179,12 @@ def evaluate_model(
     network, processor = load_model(find_model(model), device, dtype)
     import datasets
 
-    from voco_llama_hf.scenes.evaluation import evaluate_scenes, plot_results, print_results
-    from voco_llama_hf.scenes.video_evaluation import evaluate_videos, plot_video_results, print_video_results
+    from voco_llama_hf.scenes import evaluate_scenes, evaluate_videos
+    from voco_llama_hf.scenes.scoring import Results
 
     datasets.disable_progress_bars()
     console = wide_console()
-    ask: Any = evaluate_scenes if suite is Suite.scenes else evaluate_videos
-    show: Any = print_results if suite is Suite.scenes else print_video_results
-    draw: Any = plot_results if suite is Suite.scenes else plot_video_results
-    results = ask(
+    results: Results = (evaluate_scenes if suite is Suite.scenes else evaluate_videos)(
         network,
         processor,
         split,
@@ -175,11 +193,11 @@ def evaluate_model(
         limit=limit,
         progress=console.is_terminal,
     )
-    show(results, console)
+    results.print(console)
     if output is not None:
         results.save(output)
     if plot is not None:
-        draw(results, plot)
+        results.plot(plot)
 
 
 def compare_compressors(
@@ -217,3 +235,26 @@ def compare_compressors(
             part.write_text(text)
     if plot is not None:
         plot_rows(rows["dense"], f"dense scenes ({about})", plot)
+
+
+def compare_video_compressors(
+    work_dir: Path,
+    steps: int,
+    seeds: int,
+    split: str,
+    counts: tuple[int, ...],
+    limit: int,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """Trains and asks everything of the video-retention suite."""
+    from voco_llama_hf.scenes.retention.videos import VideoStudy, run_video_study
+
+    console = wide_console()
+    study = VideoStudy(work_dir, steps)
+    comparison = run_video_study(study, sorted(set(counts)), range(seeds), split, limit, report=console.rule)
+    console.print(comparison.table())
+    if output is not None:
+        comparison.save(output)
+    if plot is not None:
+        comparison.plot(plot)

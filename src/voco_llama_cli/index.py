@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import UsageProblem
+from .errors import UsageProblem, printable
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -56,7 +56,7 @@ def index(
     """
     if not folder.is_dir():
         raise UsageProblem(f"{folder} is not a folder")
-    if store.is_file():
+    if store.exists() and not store.is_dir():
         raise UsageProblem(f"{store} is a file: --store takes a folder")
     check_sampling_options(num_frames, fps)
     if num_processes > 1:
@@ -158,7 +158,7 @@ def summarize(indexer: Indexer, num_files: int, failures: dict[str, str], vision
     """What the store holds now, and what could not be read."""
     store: Any = indexer.store
     for path, error in list(failures.items())[:SHOWN_FAILURES]:
-        typer.echo(f"left out {path}: {error}", err=True)
+        typer.echo(f"left out {printable(path)}: {printable(error)}", err=True)
     entries = list(store)
     images = sum(entry.num_images for entry in entries)
     full = images * vision_tokens * bytes_of_token(indexer)

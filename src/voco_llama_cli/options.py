@@ -109,8 +109,9 @@ def check_output(path: Path, force: bool, inputs: Sequence[str] = ()) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise UsageProblem(f"{folder} is not a folder: {path.name} cannot be written there")
-    if path.is_dir():
-        raise UsageProblem(f"{path} is a folder: name the file to write")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        kind = "a folder" if path.is_dir() else "a link" if path.is_symlink() else "a device, a pipe or a socket"
+        raise UsageProblem(f"{path} is {kind}: name the file to write")
     if any(os.path.exists(name) and path.exists() and os.path.samefile(name, path) for name in inputs):
         raise UsageProblem(f"{path} is one of the inputs: give another name for the output")
     if path.exists() and not force:

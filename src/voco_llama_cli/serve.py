@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .errors import UsageProblem
 from .options import DeviceOption, DtypeOption, check_extra
 
 
 SERVE_EXTRA = ("fastapi", "openai", "uvicorn")
-SHUTDOWN_SECONDS = 5
+API_KEYS = "VOCO_LLAMA_API_KEY"
 
 
 def serve(
@@ -31,6 +31,25 @@ def serve(
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch images from URLs of public addresses.")
     ] = False,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            metavar="NAME",
+            help="Name of this server in requests, besides addresses, localhost and --host; can be given several "
+            "times. `*` is any.",
+        ),
+    ] = None,
+    api_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar=API_KEYS,
+            help="Key that requests must bring; can be given several times. Others see what is given here: the "
+            "variable is for secrets.",
+        ),
+    ] = None,
     max_request_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a request, images included.")] = 20,
     max_megapixels: Annotated[int, typer.Option(min=1, max=100, help="Megapixels of an image.")] = 50,
     max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 16,
@@ -46,20 +65,32 @@ def serve(
     An image that was seen before is answered from its compressed form: prompt_tokens_details.cached_tokens says so.
     """
     check_extra("serve", "serve", SERVE_EXTRA)
+    if not all(key.strip() for key in api_keys or []):
+        raise UsageProblem("an API key is empty")
+    from voco_llama_hf.addresses import listen
+
     from .loading import find_model, load_model
 
     name = find_model(model)
+    listen(host, port).close()  # an error before the model is loaded, not after
     network, processor = load_model(name, device, dtype)
 
-    import uvicorn
-
-    from voco_llama_hf.serving import Limits, build_app
+    from voco_llama_hf.serving import Limits, build_app, build_server
 
     limits = Limits(max_request_mb * 1_000_000, max_megapixels * 1_000_000, max_images, max_tokens, max_queue)
     model_id = model_id or (Path(name).absolute().name if Path(name).is_dir() else name)
-    app = build_app(network, processor, model_id, limits, image_cache_mb * 1_000_000, store, allow_remote_images)
-    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+    app = build_app(
+        network,
+        processor,
+        model_id,
+        limits,
+        image_cache_mb * 1_000_000,
+        store,
+        allow_remote_images,
+        [host, *(allowed_hosts or [])],
+        api_keys or [],
+    )
+    with listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
         typer.echo(f"{model_id} at http://{address}:{listener.getsockname()[1]}/v1")
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
-        uvicorn.Server(config).run(sockets=[listener])
+        build_server(app).run(sockets=[listener])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageProblem
+from .errors import UsageProblem, printable
 from .options import human_bytes, plural
 
 
@@ -42,13 +42,18 @@ def info(
         typer.echo(f"videos: {len(videos)}, {plural(sum(entry.num_images for entry in videos), 'frame')}")
         counts = Counter(entry.num_voco_tokens for entry in entries)
         typer.echo("VoCo tokens: " + (", ".join(f"k={k} {number}" for k, number in sorted(counts.items())) or "none"))
-        typer.echo("model: " + ", ".join(f"{name} {value}" for name, value in opened.fingerprint.items()))
+        # Settings are pages of JSON
+        told = {name: value for name, value in opened.fingerprint.items() if not value.startswith("{")}
+        made_by = ", ".join(f"{name} {value}" for name, value in told.items())
+        typer.echo(f"model: {printable(made_by)}")
         for source, error in opened.failures().items():
-            typer.echo(f"failed: {source}: {error}")
+            typer.echo(f"failed: {printable(source)}: {printable(error)}")
+        for name, error in opened.left_out.items():
+            typer.echo(f"left out: {printable(name)}: {printable(error)}")
         if files:
             for entry in entries:
                 address = f"{entry.content_hash[:12]} k={entry.num_voco_tokens} {entry.sampling}".strip()
-                typer.echo(f"{address} {', '.join(entry.sources)}")
+                typer.echo(printable(f"{address} {', '.join(entry.sources)}"))
 
 
 @store_app.command()
@@ -62,23 +67,31 @@ def verify(
     from rich.console import Console
     from rich.progress import track
 
-    from voco_llama_hf.store import VoCoStore
+    from voco_llama_hf.store import DamagedError, VoCoStore
 
     console = Console(stderr=True)
     with VoCoStore(store) as opened:
-        damaged = []
+        damaged, unread = [], 0
         for entry, problem in track(
             opened.verify(), "Verifying", len(opened), console=console, transient=True, disable=not console.is_terminal
         ):
-            if problem is not None:
+            if problem is None:
+                continue
+            name = printable(", ".join(entry.sources) or entry.content_hash)
+            if isinstance(problem, DamagedError):
                 damaged.append(entry)
-                typer.echo(f"damaged: {', '.join(entry.sources) or entry.content_hash}: {problem}", err=True)
+                typer.echo(f"damaged: {name}: {printable(problem)}", err=True)
+            else:
+                unread += 1
+                typer.echo(f"cannot be read: {name}: {printable(problem)}", err=True)
         number = plural(len(opened), "entry", "entries")
         if remove_damaged:
             for entry in damaged:
                 opened.remove(entry.content_hash, entry.num_voco_tokens, entry.sampling)
-    typer.echo(f"{store}: {number}, {len(damaged)} damaged{' and removed' if damaged and remove_damaged else ''}")
-    if damaged and not remove_damaged:
+    removed = " and removed" if damaged and remove_damaged else ""
+    unreadable = f", {unread} cannot be read" if unread else ""
+    typer.echo(f"{store}: {number}, {len(damaged)} damaged{removed}{unreadable}")
+    if unread or (damaged and not remove_damaged):
         raise typer.Exit(1)
 
 
@@ -93,8 +106,12 @@ def remove(
     with VoCoStore(store) as opened:
         hashes = [entry.content_hash for name in names for entry in find(opened, name)]
         number = sum(opened.remove(content_hash) for content_hash in dict.fromkeys(hashes))
-        freed = opened.compact()
-    typer.echo(f"{store}: {plural(number, 'entry', 'entries')} removed, {human_bytes(max(freed, 0))} freed")
+        removed = f"{plural(number, 'entry', 'entries')} removed"
+        try:
+            freed = opened.compact()
+        except OSError as error:
+            raise RuntimeError(f"{removed}, but their bytes could not be freed: {error}") from error
+    typer.echo(f"{store}: {removed}, {human_bytes(max(freed, 0))} freed")
 
 
 @store_app.command()

@@ -11,7 +11,7 @@ from .options import check_train_extra
 
 
 TRAIN_EXTRA = ("datasets", "ijson", "peft", "trl")
-TRAINING = Path(__file__).parents[1] / "voco_llama_hf" / "training"
+PACKAGE = Path(__file__).parents[1] / "voco_llama_hf"
 # Everything is TRL's parser's, --help too
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -37,7 +37,7 @@ def train(context: typer.Context) -> None:
 
 def resolve_shipped(args: list[str], option: str, folder: str) -> list[str]:
     """
-    Turns the name of a file of this package, as the value of `option`, into its path.
+    Turns the name of a file in a `folder` of a part of this package, as the value of `option`, into its path.
 
     Raises:
         UsageProblem: if the value is missing, or neither a file nor such a name.
@@ -49,12 +49,12 @@ def resolve_shipped(args: list[str], option: str, folder: str) -> list[str]:
     index = args.index(option) + 1
     if index == len(args):
         raise UsageProblem(f"{option} needs a value")
-    shipped = TRAINING / folder / f"{args[index]}.yaml"
     if not Path(args[index]).is_file():
-        if not shipped.is_file():
-            names = sorted(path.stem for path in shipped.parent.glob("*.yaml"))
-            raise UsageProblem(f"{option} takes a YAML file or one of {', '.join(names)}, got {args[index]!r}")
-        args = [*args[:index], str(shipped), *args[index + 1 :]]
+        shipped = {path.stem: path for path in PACKAGE.glob(f"*/{folder}/*.yaml")}
+        if args[index] not in shipped:
+            names = ", ".join(sorted(shipped))
+            raise UsageProblem(f"{option} takes a YAML file or one of {names}, got {args[index]!r}")
+        args = [*args[:index], str(shipped[args[index]]), *args[index + 1 :]]
     return args
 
 

@@ -169,7 +169,11 @@ def evaluated_on(arguments: DataArguments) -> dict[str, str | None]:
 def adapters(arguments: ModelConfig, config: VoCoSFTConfig) -> Any:
     """The PEFT configuration that the flags describe; modules that are frozen get no adapters."""
     peft_config = get_peft_config(arguments)
-    if peft_config is not None and config.freeze:
+    if peft_config is None:
+        return None
+    # TRL's default names a class of text models; without it the adapters note ours, for AutoPeftModel to find
+    peft_config.task_type = None
+    if config.freeze:
         peft_config.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, config.freeze))})\..*"
     return peft_config
 

@@ -45,16 +45,15 @@ class Prompt:
         """`layout` has the parts of each row: n text tokens, or an image of -n VoCo tokens."""
         generator = torch.Generator().manual_seed(seed)
         config = model.config
-        size, vocabulary = config.vision_config.image_size, min(config.text_config.vocab_size, config.voco_token_id)
+        size, vocabulary = config.vision_config.image_size, config.text_config.vocab_size
         rows = []
         self.counts = [-part for row in layout for part in row if part < 0]
         for row in layout:
-            ids = [
-                torch.full((-part,), config.voco_token_id)
-                if part < 0
-                else torch.randint(3, vocabulary, (part,), generator=generator)
-                for part in row
-            ]
+            ids = []
+            for part in row:
+                text = torch.randint(vocabulary - 1, (abs(part),), generator=generator)
+                text += text >= config.voco_token_id  # any token but <voco>
+                ids.append(text if part > 0 else torch.full_like(text, config.voco_token_id))
             rows.append(torch.cat(ids))
         self.input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
         padding = [torch.ones(len(row), dtype=torch.long) for row in rows]

@@ -59,6 +59,15 @@ def test_cache_answers_as_its_images_do(ask, images, cache):
     assert ask("--cache", cache, "What?", "-k", 2).stdout == ask("--cache", cache, "What?").stdout
 
 
+@pytest.mark.parametrize("repeats", [3000, 300_000])
+def test_a_prompt_beyond_the_window_is_refused(ask, cache, repeats):
+    """With both numbers, and without reading more of it than it takes to know."""
+    message = ask("--cache", cache, "who " * repeats, exit_code=1 if repeats == 3000 else 2).stderr
+    assert re.search(
+        r"the prompt has (more than )?\d+ tokens, but this model reads at most \d+ with the answer", message
+    )
+
+
 def test_stats(ask, images, cache):
     result = ask(*images, "What?", "-k", 2, "--stats")
     assert "vision" not in result.stdout

@@ -17,6 +17,7 @@ def test_compress(compress, images, tmp_path):
     assert re.search(r"cache\.safetensors: 3 images, 2 VoCo tokens each\n", result.stdout)
     assert "key-value cache: 9.2 kB -> 4.6 kB, 2x smaller" in result.stdout
     cache = VoCoCache.load(tmp_path / "cache.safetensors")
+    assert "image_mean" in cache.fingerprint["image_processor"]
     assert cache.token_counts == [2, 2, 2]
     assert cache.nbytes == 6 * 768
 

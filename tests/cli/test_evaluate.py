@@ -44,6 +44,7 @@ def test_evaluate_videos(evaluate, tmp_path):
         (["-k", "1", "10000"], "at most 576, got 10000"),
         (["--limit", "0"], "Invalid value for '--limit'"),
         (["--suite", "retention"], "--suite retention trains its own models"),
+        (["--suite", "video-retention"], "--suite video-retention trains its own models"),
         (["--split", "holdout"], "'holdout' is not one of"),
         (["--output", "{folder}/missing/a.json"], "is not a folder"),
         (["--plot", "{folder}/a.txt"], "can be drawn as .pdf, .png, .svg only"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from voco_llama_hf.images import open_image
-from voco_llama_hf.scenes.still import QUESTIONS, SceneObject, make_scene
+from voco_llama_hf.scenes.objects import SceneObject
+from voco_llama_hf.scenes.still import QUESTIONS, make_scene
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -70,7 +70,7 @@ def test_ask_a_video(ask, film, checkpoint):
 
 def test_info(invoke, images, store):
     result = invoke("store", "info", store, "--files")
-    for line in ("4 entries, ", "images: 3", "videos: 1, 4 frames", "VoCo tokens: k=2 4", "model: text_model llama"):
+    for line in ("4 entries, ", "images: 3", "videos: 1, 4 frames", "VoCo tokens: k=2 4", "text_model llama"):
         assert line in result.stdout
     assert len(re.findall(r"^[0-9a-f]{12} k=2 .*image\d\.png$", result.stdout, re.MULTILINE)) == 3
     assert re.search(r"^[0-9a-f]{12} k=2 num_frames=4 .*film\.mp4$", result.stdout, re.MULTILINE)

@@ -1,10 +1,8 @@
 """The command as a user runs it, in processes of its own."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,22 +38,31 @@ def test_compress_once_and_ask(invoke, checkpoint, images, tmp_path):
     assert result.stdout == invoke("ask", *images, "-k", 2, *question).stdout
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_ctrl_c(checkpoint, tmp_path):
-    pipe = tmp_path / "pipe.png"
-    os.mkfifo(pipe)
+# The command, which says that it opens the image and then takes long to
+SLOW_COMMAND = """
+import sys, time
+from voco_llama_cli import app
+
+def wait(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("image0.png"):
+        print("opened", flush=True)
+        time.sleep(300)
+
+sys.addaudithook(wait)
+app()
+"""
+
+
+def test_ctrl_c(checkpoint, images):
     process = subprocess.Popen(
-        [COMMAND, "ask", "--model", checkpoint, pipe, "What?"],
+        [sys.executable, "-c", SLOW_COMMAND, "ask", "--model", checkpoint, images[0], "What?"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # Tests that run in the background of a shell inherit that Ctrl-C is ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    # Opening the pipe waits until the command has opened it too, and now waits for the image
-    with pipe.open("wb"):
-        process.send_signal(signal.SIGINT)
-        time.sleep(1)
-    # A signal just before the read is seen when the read ends, with the pipe
+    assert process.stdout.readline() == b"opened\n"
+    process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == (b"", b"")
     assert process.returncode == 130
 
@@ -63,3 +70,13 @@ def test_ctrl_c(checkpoint, tmp_path):
 def test_help_does_not_wait_for_torch():
     code = "import sys, voco_llama_cli; sys.exit(bool({'torch', 'transformers', 'PIL', 'gradio'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+@pytest.mark.parametrize("host", ["256.1.1.1", "203.0.113.7", "a" * 300])
+def test_a_host_that_is_no_address_of_this_machine(command, host):
+    """One line, and an end: before the model is loaded."""
+    arguments = [sys.executable, "-m", "voco_llama_cli", command, "--host", host]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: cannot listen at") and result.stderr.count("\n") == 1

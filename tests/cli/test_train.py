@@ -8,23 +8,24 @@ from typer.testing import CliRunner
 from video_files import make_frames, write_video
 
 from voco_llama_cli import app
-from voco_llama_cli.train import TRAINING
+from voco_llama_cli.train import PACKAGE
 from voco_llama_cli.train_script import make_parser
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
-from voco_llama_hf.scenes.still import make_scenes
-from voco_llama_hf.scenes.tiny import Recipe, build_model, build_processor
+from voco_llama_hf.scenes.building import build_model, build_processor
+from voco_llama_hf.scenes.recipe import Recipe
 
 
 disable_progress_bars()
-RECIPES = sorted((TRAINING / "recipes").glob("*.yaml"))
+RECIPES = sorted(PACKAGE.glob("*/recipes/*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def scenes_checkpoint(tmp_path_factory):
     """A random model of one layer that knows the words of the scenes."""
     folder = tmp_path_factory.mktemp("scenes_checkpoint")
-    processor = build_processor(make_scenes("train", 200))
-    build_model(processor, Recipe(vision_layers=1, text_layers=1)).save_pretrained(folder)
+    recipe = Recipe(phases=(), num_train_scenes=200, vision_layers=1, text_layers=1)
+    processor = build_processor(recipe)
+    build_model(processor, recipe).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -40,7 +41,7 @@ def test_recipes_have_known_keys(recipe):
 
 
 def test_the_paper_recipe_has_its_hyperparameters():
-    recipe = yaml.safe_load((TRAINING / "recipes" / "paper.yaml").read_text())
+    recipe = yaml.safe_load((PACKAGE / "training" / "recipes" / "paper.yaml").read_text())
     devices = 8
     batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * devices
     assert batch == 128 and recipe["num_train_epochs"] == 2
@@ -53,7 +54,7 @@ def test_the_paper_recipe_has_its_hyperparameters():
 def test_accelerate_reads_its_configurations(name, kind):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    loaded = load_config_from_file(str(TRAINING / "accelerate_configs" / f"{name}.yaml"))
+    loaded = load_config_from_file(str(PACKAGE / "training" / "accelerate_configs" / f"{name}.yaml"))
     assert loaded.distributed_type == kind
     assert loaded.mixed_precision == "bf16"
 

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from voco_llama_hf.conversion.convert import convert_checkpoint
+from voco_llama_hf.conversion import convert_checkpoint
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

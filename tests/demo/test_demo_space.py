@@ -1,5 +1,6 @@
 """The folder of the Space: what the Hub reads of it, and that its app starts."""
 
+import ast
 import tomllib
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def test_requirements():
     lines = (SPACE / "requirements.txt").read_text().splitlines()
     (need,) = [Requirement(line) for line in lines if not line.startswith("--")]
     assert need.name == "voco-llama-hf" and need.extras == {"demo"}
+
+
+def test_app_needs_no_command_line():
+    nodes = ast.walk(ast.parse((SPACE / "app.py").read_text()))
+    imported = {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert imported == {"voco_llama_hf"}
 
 
 def test_app_starts_and_serves():

@@ -18,10 +18,12 @@ SHIPPED = (
     "optimum/commands/register/register_voco_llama.py",
     "voco_llama_hf/checkpoints/voco-scenes-tiny/model.safetensors",
     "voco_llama_hf/checkpoints/voco-scenes-tiny/chat_template.jinja",
+    "voco_llama_hf/py.typed",
+    "voco_llama_cli/py.typed",
     "voco_llama_hf/hub/model_card.md",
     "voco_llama_hf/hub/attention.png",
     "voco_llama_hf/modeling/modeling_voco_llama.py",
-    "voco_llama_hf/training/recipes/tiny.yaml",
+    "voco_llama_hf/scenes/recipes/tiny.yaml",
     "voco_llama_hf/training/accelerate_configs/fsdp2.yaml",
 )
 
@@ -41,7 +43,9 @@ def build(source: Path, target: Path, *kinds: str) -> None:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
-    """The sdist, and the wheel that is built from it."""
+    """The sdist, and the wheel that is built from it: those in DIST, if it is set."""
+    if given := os.environ.get("DIST"):
+        return Path(given)
     target = tmp_path_factory.mktemp("dist")
     build(ROOT, target)
     return target

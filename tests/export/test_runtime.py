@@ -75,6 +75,43 @@ def test_generate(torch_model, ort_model, inputs, options):
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_strings": ["a", "b", "c", "e", "k"], "tokenizer": "own"},
+        {"token_healing": True, "tokenizer": "own"},
+        {"logits_to_keep": 1},
+        {"attention_mode": "voco"},
+        {"num_items_in_batch": 3},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"use_cache": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_arguments_of_generate(torch_model, ort_model, processor, options):
+    inputs = random_inputs(torch_model, [["image:2", "text:4"]])
+    if "tokenizer" in options:
+        options = {**options, "tokenizer": processor.tokenizer}
+    answers = [
+        model.generate(**inputs, do_sample=False, max_new_tokens=6, **options) for model in (torch_model, ort_model)
+    ]
+    if "return_dict_in_generate" in options:
+        torch.testing.assert_close(torch.stack(answers[1].scores), torch.stack(answers[0].scores), **TOLERANCE)
+        answers = [answer.sequences for answer in answers]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, torch.tensor([0, 4])], ids=str)
+def test_logits_to_keep(torch_model, ort_model, kept):
+    inputs = random_inputs(torch_model, [["text:3", "image:2", "text:4"]])
+    expected = torch_model(**inputs, logits_to_keep=kept).logits
+    logits = ort_model(**inputs, logits_to_keep=kept).logits
+    text = (logits != 0).any(-1)
+    assert logits.shape == expected.shape and text.any()
+    torch.testing.assert_close(logits[text], expected[text], **TOLERANCE)
+    assert torch.equal(ort_model(**inputs, logits_to_keep=kept, return_dict=False)[0], logits)
+
+
 def test_caches_of_either_are_taken_by_the_other(torch_model, ort_model, inputs, tmp_path):
     """Images compressed by PyTorch, through a file, and by ONNX Runtime."""
     pixels, counts = inputs["pixel_values"], inputs["num_voco_tokens"]
@@ -218,5 +255,10 @@ def test_what_the_graphs_lack(torch_model, ort_model, inputs):
         ort_model(input_ids=inputs["input_ids"][:, -1:], past_key_values=filled)
     with pytest.raises(ValueError, match="neither attentions nor hidden states"):
         ort_model(**inputs, output_hidden_states=True)
+    for argument, message in (("labels", "compute no loss"), ("attention_mode", 'compute attention_mode="voco" only')):
+        with pytest.raises(ValueError, match=message):
+            ort_model(**inputs, **{argument: "causal"})
+    with pytest.raises(TypeError, match=r"unexpected keyword arguments .'text_groups'"):
+        ort_model(**inputs, text_groups=inputs["input_ids"])
     with pytest.raises(ValueError, match="runs on cpu"):
         ort_model.to("cuda")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -29,12 +30,16 @@ PARTS = (
     "attention",
     "cache",
     "compat",
+    "compression",
     "configuration",
+    "files",
+    "fingerprint",
     "generation",
     "images",
     "injection",
     "layout",
     "modeling",
+    "options",
     "outputs",
     "pipeline",
     "processing",
@@ -43,6 +48,7 @@ PARTS = (
     "single_pass",
     "two_stages",
     "video",
+    "weights",
 )
 SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}
 SCRIPT = """
@@ -148,6 +154,20 @@ def test_shipped_files_import_nothing_but_what_every_user_has(folder, name):
         else:
             continue
         assert {module.split(".")[0] for module in modules} <= allowed
+
+
+@pytest.mark.parametrize("name", ["configuration", "processing"])
+def test_files_that_load_first_name_all_that_they_lead_to(folder, name):
+    """Up to transformers 5.0 nothing else is copied from a folder, and the error would be that a file is missing."""
+
+    def named(file: str) -> set[str]:
+        return {f"{stem}.py" for stem in re.findall(r"^\s*from \.(\w+) import", (folder / file).read_text(), re.M)}
+
+    reached, new = set(), {f"{name}_voco_llama.py"}
+    while new:
+        reached |= new
+        new = set().union(*map(named, new)) - reached
+    assert reached - {f"{name}_voco_llama.py"} == named(f"{name}_voco_llama.py")
 
 
 def test_auto_classes_find_the_installed_package(folder):

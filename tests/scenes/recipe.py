@@ -1,6 +1,6 @@
 """A recipe of two phases with a few steps each, which the tests share: `from scenes.recipe import RECIPE`."""
 
-from voco_llama_hf.scenes.tiny import Phase, Recipe
+from voco_llama_hf.scenes.recipe import Phase, Recipe
 
 
 RECIPE = Recipe(

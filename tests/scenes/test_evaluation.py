@@ -1,16 +1,19 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import disable_progress_bars
 from rich.console import Console
+from scenes.recipe import RECIPE
 
 from voco_llama_hf.llava import as_llava
-from voco_llama_hf.scenes.evaluation import evaluate_scenes, plot_results, print_results
-from voco_llama_hf.scenes.readers import causal_reader, preprocess
+from voco_llama_hf.scenes.building import build_model, build_processor
+from voco_llama_hf.scenes.canvas import SMALL
+from voco_llama_hf.scenes.evaluation import evaluate_scenes
+from voco_llama_hf.scenes.readers import MAX_ANSWER_TOKENS, causal_reader, preprocess
 from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES, make_scenes
-from voco_llama_hf.scenes.tiny import Recipe, build_model, build_processor
 
 
 disable_progress_bars()
@@ -18,12 +21,12 @@ disable_progress_bars()
 
 @pytest.fixture(scope="module")
 def processor():
-    return build_processor(make_scenes("train", 200))
+    return build_processor(RECIPE)
 
 
 @pytest.fixture(scope="module")
 def model(processor):
-    return build_model(processor, Recipe(vision_layers=1, text_layers=2)).eval()
+    return build_model(processor, replace(RECIPE, text_layers=2)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ class Shown:
 
 def test_true_answers_count_and_shuffled_images_do_not(processor):
     oracle = Oracle(processor, make_scenes("test", 30))
-    results = evaluate_scenes(oracle, processor, "test", (2,), False, batch_size=64, limit=30, progress=False)
+    results = evaluate_scenes(oracle, processor, "test", (2,), False, limit=30, progress=False, canvas=SMALL)
     for difficulty in DIFFICULTIES:
         assert set(results.accuracy["k=2"][difficulty].values()) == {1.0}
         assert results.blind["k=2"][difficulty]["all"] < 0.5
@@ -119,7 +122,7 @@ def test_causal_reading_gives_the_answers_of_the_causal_forward(model, processor
     for question, image in zip(questions, scenes["image"]):
         inputs = processor(images=image, text=f"<image>\n{question}\n", num_voco_tokens=2, return_tensors="pt")
         ids = inputs["input_ids"]
-        for _ in range(6):
+        for _ in range(MAX_ANSWER_TOKENS):
             step = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
             with torch.no_grad():
                 logits = model(**step, attention_mode="causal").logits
@@ -136,8 +139,8 @@ def test_results_are_written_printed_and_drawn(results, tmp_path):
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["accuracy"] == results.accuracy and saved["split"] == "validation"
     console = Console(file=io.StringIO(), width=200)
-    print_results(results, console)
+    results.print(console)
     table = console.file.getvalue()
     assert all(word in table for word in ("sparse", "dense", "uncompressed", "k=3, shuffled", *FAMILIES))
-    plot_results(results, tmp_path / "results.png")
+    results.plot(tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,8 @@ import pytest
 import torch
 from scenes.recipe import RECIPE
 
+from voco_llama_hf.scenes.building import build_model, build_processor
+from voco_llama_hf.scenes.canvas import LARGE, SMALL
 from voco_llama_hf.scenes.moving import (
     ABSENT_FRAMES,
     BOX,
@@ -17,8 +19,6 @@ from voco_llama_hf.scenes.moving import (
     make_clips,
     sample_clip,
 )
-from voco_llama_hf.scenes.still import make_scenes
-from voco_llama_hf.scenes.tiny import build_model, build_processor
 from voco_llama_hf.scenes.video_evaluation import (
     ALL_FRAMES,
     ONE_FRAME,
@@ -27,8 +27,6 @@ from voco_llama_hf.scenes.video_evaluation import (
     chance,
     choose_frames,
     evaluate_videos,
-    plot_video_results,
-    print_video_results,
 )
 
 
@@ -107,13 +105,14 @@ def test_the_description_tells_every_frame():
                 assert told[pair[0].phrase].index(word) < told[pair[1].phrase].index(word)
 
 
+@pytest.mark.parametrize("canvas", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("seed", range(40))
-def test_objects_keep_apart_and_inside(seed):
-    clip = sample_clip(rng(seed))
+def test_objects_keep_apart_and_inside(seed, canvas):
+    clip = sample_clip(rng(seed), canvas)
     for i in range(NUM_FRAMES):
         boxes = [(*actor.path[i], *(actor.path[i] + actor.pixels)) for actor in clip.actors]
         for n, (left, top, right, bottom) in enumerate(boxes):
-            assert left >= 0 and top >= 0 and right <= 64 and bottom <= 64
+            assert left >= 0 and top >= 0 and right <= canvas.side and bottom <= canvas.side
             for other in boxes[:n]:
                 assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
         assert sum(i in actor.covered for actor in clip.actors) <= 1
@@ -151,7 +150,7 @@ def test_frames_are_shown_in_order_one_or_out_of_order():
 
 
 def test_evaluation_of_a_model_that_knows_nothing(tmp_path):
-    processor = build_processor(make_scenes("train", 50))
+    processor = build_processor(RECIPE)
     model = build_model(processor, RECIPE).eval()
     torch.manual_seed(0)
     results = evaluate_videos(model, processor, "validation", (1, 2), limit=6, progress=False)
@@ -160,7 +159,7 @@ def test_evaluation_of_a_model_that_knows_nothing(tmp_path):
     assert results.num_questions[TEMPORAL] == sum(results.num_questions[family] for family in TEMPORAL_FAMILIES)
     assert 0 <= results.accuracy["k=2"][ALL_FRAMES][TEMPORAL] < 0.5
     assert 1 / 3 <= chance(results)[TEMPORAL] <= 1 / 2
-    print_video_results(results)
-    plot_video_results(results, tmp_path / "plot.png")
+    results.print()
+    results.plot(tmp_path / "plot.png")
     results.save(tmp_path / "results.json")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -7,13 +7,13 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from scenes.recipe import RECIPE
 
+from voco_llama_hf.scenes.building import build_model, build_processor
 from voco_llama_hf.scenes.evaluation import ScenesResults
 from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader
 from voco_llama_hf.scenes.retention.baselines import put_compressor
 from voco_llama_hf.scenes.retention.report import make_curves, make_rows, plot_rows, print_rows, to_markdown
 from voco_llama_hf.scenes.retention.study import Arm, Study, make_arms, run_study
 from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES, make_scenes
-from voco_llama_hf.scenes.tiny import build_model, build_processor
 
 
 disable_progress_bars()
@@ -21,7 +21,7 @@ disable_progress_bars()
 
 @pytest.fixture(scope="module")
 def processor():
-    return build_processor(make_scenes("train", 50))
+    return build_processor(RECIPE)
 
 
 @pytest.mark.parametrize(("compressor", "num_tokens"), [("average pooling", 1), ("q-former", 1), ("q-former", 3)])

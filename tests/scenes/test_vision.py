@@ -2,16 +2,17 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_llama_hf.scenes.still import CANVAS, make_scene
+from voco_llama_hf.scenes.canvas import LARGE, SMALL
+from voco_llama_hf.scenes.still import make_scene
 from voco_llama_hf.scenes.vision import ATTRIBUTES, patch_accuracy, patch_labels
 
 
-@given(st.integers(0, 10**6), st.sampled_from([4, 8, 16]))
+@given(st.integers(0, 10**6), st.sampled_from([4, 8, 16]), st.sampled_from([SMALL, LARGE]))
 @settings(max_examples=40, deadline=None)
-def test_every_patch_says_whose_middle_it_shows(index, patch_size):
-    objects = make_scene("train", index, dense_share=0.5)["objects"]
-    labels = patch_labels(objects, patch_size)
-    side = CANVAS // patch_size
+def test_every_patch_says_whose_middle_it_shows(index, patch_size, canvas):
+    objects = make_scene("train", index, dense_share=0.5, canvas=canvas)["objects"]
+    labels = patch_labels(objects, patch_size, canvas.side)
+    side = canvas.side // patch_size
     assert labels.shape == (side * side, len(ATTRIBUTES))
     for place, classes in enumerate(labels):
         y, x = (patch_size * index + patch_size // 2 for index in divmod(place, side))

@@ -1,7 +1,6 @@
 """VoCoStore: what is put in comes out, once, whole, and by nobody else's model."""
 
 import os
-import sqlite3
 import threading
 import time
 
@@ -205,16 +204,22 @@ def test_a_writer_killed_between_shard_and_index_loses_nothing(filled, monkeypat
     with VoCoStore(filled.path) as reopened:
         assert len(reopened) == 8
     # A part of a shard is none
-    (filled.shards / "0123.part").write_bytes(b"half")
-    assert len(VoCoStore(filled.path)) == 8
+    (filled.shards / ".shard.01234567.part").mkdir()
+    (filled.shards / ".shard.01234567.part" / "a.safetensors").write_bytes(b"half")
+    for old in (f"{'0' * 32}.part", ".tmpAb12Cd"):
+        (filled.shards / old).write_bytes(b"half")
+    with VoCoStore(filled.path) as reopened:
+        assert len(reopened) == 8
+        assert reopened.nbytes == sum(path.stat().st_size for path in filled.shards.rglob("*") if path.is_file())
+    assert len(list(filled.shards.iterdir())) == 6  # reading removes nothing
     monkeypatch.setattr(store_module, "PART_SECONDS", -1)
-    filled.compact()
-    assert not list(filled.shards.glob("*.part"))
+    filled.record([])
+    assert {path.suffix for path in filled.shards.iterdir()} == {".safetensors"}
 
 
 def test_removed_entries_do_not_come_back(filled, monkeypatch):
     """Killed after the shard was dropped from the index, before its file was gone."""
-    monkeypatch.setattr(VoCoStore, "_unlink_dropped", lambda self: None)
+    monkeypatch.setattr(VoCoStore, "_clean", lambda self: None)
     for seed in range(3):
         filled.remove(content(seed).content_hash)
     monkeypatch.undo()
@@ -295,9 +300,9 @@ def test_many_readers_while_one_writes(store):
 
 def test_a_second_writer_waits(store):
     with VoCoStore(store.path) as other, store._write():
-        other._db.execute("PRAGMA busy_timeout=50")
+        other._index._db.execute("PRAGMA busy_timeout=50")
         assert len(other) == 0
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
+        with pytest.raises(TimeoutError, match="another process is writing the store"):
             other.add([content(1)], [cache(1)])
     assert store.add([content(1)], [cache(1)]) == 1
 

@@ -56,7 +56,16 @@ def config(output_dir, config_class=VoCoSFTConfig, **overrides):
     )
 
 
-def make_trainer(tmp_path, model=None, dataset=None, peft_config=None, callbacks=None, teacher_model=None, **options):
+def make_trainer(
+    tmp_path,
+    model=None,
+    dataset=None,
+    peft_config=None,
+    callbacks=None,
+    teacher_model=None,
+    compute_loss_func=None,
+    **options,
+):
     processor, own = processor_and_model()
     return VoCoSFTTrainer(
         own if model is None else model,
@@ -67,6 +76,7 @@ def make_trainer(tmp_path, model=None, dataset=None, peft_config=None, callbacks
         peft_config=peft_config,
         callbacks=callbacks,
         teacher_model=teacher_model,
+        compute_loss_func=compute_loss_func,
     )
 
 

@@ -260,6 +260,51 @@ def test_distillation_moves_the_student_towards_its_teacher(tmp_path):
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters())
 
 
+def own_loss(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "nll_loss"),
+        ({"loss_type": "dft"}, "dft_loss"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothed_nll_loss"),
+        ({"compute_loss_func": own_loss}, "own_loss"),
+    ],
+    ids=["nll", "dft", "label smoothing", "own"],
+)
+def test_the_loss_beside_the_distillation_is_called_what_it_is(tmp_path, options, name):
+    trainer = make_trainer(tmp_path, num_voco_tokens=[2], distillation_weight=0.5, max_steps=1, **options)
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "distillation_loss" in entry)
+    assert {key for key in entry if key.endswith("_loss")} == {name, "distillation_loss"}
+    assert entry["loss"] == pytest.approx(0.5 * entry[name] + 0.5 * entry["distillation_loss"], rel=1e-4)
+
+
+def test_adapters_are_trained_further(tmp_path):
+    _processor, base = processor_and_model()
+    base.save_pretrained(tmp_path / "base")
+    base = VoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    options = {"num_voco_tokens": [2], "max_steps": 2}
+    first = make_trainer(tmp_path / "first", model=base, peft_config=lora(), **options)
+    first.train()
+    first.save_model()
+    inputs = next(iter(first.get_eval_dataloader()))
+    with torch.no_grad():
+        trained = first.model.eval()(**inputs).logits
+    second = make_trainer(tmp_path / "second", model=str(tmp_path / "first"), **options)
+    with torch.no_grad():
+        torch.testing.assert_close(second.model.eval()(**inputs).logits, trained, atol=1e-5, rtol=1e-5)
+    frozen = {name for name, weight in second.model.named_parameters() if not weight.requires_grad}
+    assert frozen and not any("lora_" in name or "trainable_tokens" in name for name in frozen)
+    before = {name: weight.detach().clone() for name, weight in second.model.named_parameters()}
+    second.train()
+    changed = {name for name, weight in second.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert any("lora_" in name for name in changed) and any("trainable_tokens" in name for name in changed)
+    assert not changed & frozen
+
+
 def test_two_stages_train_as_long_sequences_do(tmp_path):
     dataset = conversations(images_per_row=(3, 1, 0))
     runs = []

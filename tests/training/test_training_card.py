@@ -5,7 +5,9 @@ import math
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from training.sft_helpers import losses, make_trainer
+from training.sft_helpers import losses, make_trainer, processor_and_model
+
+from voco_llama_hf import VoCoLlamaForConditionalGeneration
 
 
 def test_the_card_has_the_figures_of_the_run(tmp_path):
@@ -60,3 +62,38 @@ def test_adapters_are_called_so(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "adapter")
     assert "| adapters | LORA |" in card.text and "cats" in card.data.tags
+
+
+def test_no_card_names_a_local_path(tmp_path):
+    """Neither that of the output folder nor what PEFT would leave in a checkpoint."""
+    processor, model = processor_and_model()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    model = VoCoLlamaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    output = tmp_path / "output"
+    trainer = make_trainer(
+        output,
+        model=model,
+        peft_config=LoraConfig(target_modules=r".*language_model.*\.q_proj", task_type="CAUSAL_LM"),
+        num_voco_tokens=[1],
+        distillation_weight=0.5,
+        teacher=str(tmp_path / "base"),
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(output / "README.md")
+    assert "[More Information Needed]" not in card.content and "teacher `base`" in card.text
+    assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "peft")
+    assert "PeftModel.from_pretrained(base_model, model_id)" in card.text
+    cards = sorted(output.rglob("README.md"))
+    assert not [path for path in cards if str(tmp_path) in path.read_text()]
+    assert (output / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+    # What a person wrote stays when the adapters are saved again
+    text = (output / "README.md").read_text().replace("## Limits", "It likes noise.\n\n## Limits")
+    (output / "README.md").write_text(text)
+    trainer.save_model()
+    assert "It likes noise." in (output / "README.md").read_text()
+    assert str(tmp_path) not in (output / "README.md").read_text()

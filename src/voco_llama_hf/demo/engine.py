@@ -18,6 +18,7 @@ from ..hub.cost import CostModel
 from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.configuration_voco_llama import cache_bytes
+from ..modeling.fingerprint_voco_llama import with_images
 from ..prompts import build_prompt, check_question, starts_with_bos
 from ..serving import ImageCache, Limits
 from .sources import Source, load_cache, open_cache, open_picture, preprocess, read_pictures
@@ -26,6 +27,7 @@ from .stopwatch import Spent, Stopwatch
 
 UNCOMPRESSED = 0  # in place of a number of VoCo tokens
 MAX_QUESTION = 500  # characters
+LIMITS = Limits(max_pixels=25_000_000, max_tokens=256, max_queue=32)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class DemoEngine:
     Args:
         model ([`VoCoLlamaForConditionalGeneration`]): Model that answers.
         processor ([`VoCoLlamaProcessor`]): Its processor.
-        limits ([`Limits`], *optional*):
+        limits ([`Limits`], *optional*, defaults to [`LIMITS`]):
             Bounds: bytes of a file, pixels of an image, frames of a video (`max_images`), tokens of an answer.
         image_cache_bytes (`int`, *optional*, defaults to 256,000,000): Bytes of compressed images to remember.
     """
@@ -89,12 +91,12 @@ class DemoEngine:
         self,
         model: VoCoLlamaForConditionalGeneration,
         processor: VoCoLlamaProcessor,
-        limits: Limits | None = None,
+        limits: Limits = LIMITS,
         image_cache_bytes: int = 256_000_000,
     ):
         self.model: Any = model
         self.processor = processor
-        self.limits = limits or Limits(max_tokens=256)
+        self.limits = limits
         self.num_frames = min(processor.num_frames, self.limits.max_images)
         self.cost = CostModel(model.config)
         self.num_vision_tokens = self.cost.num_vision_tokens
@@ -136,7 +138,7 @@ class DemoEngine:
         Raises:
             ValueError: if it is none, or was made by another model.
         """
-        source = open_cache(path, owner, self.model, self.limits)
+        source = open_cache(path, owner, self.model, self.processor, self.limits)
         if source.num_voco_tokens >= self.window:
             raise ValueError(
                 f"{source.name} has {source.num_voco_tokens:,} VoCo tokens, more than the model's window of "
@@ -213,6 +215,9 @@ class DemoEngine:
         cache, _ = self._cache(source, num_voco_tokens)
         stem = source.name if source.kind == "cache" else f"{Path(source.name).stem}-k{num_voco_tokens}.safetensors"
         path = Path(tempfile.mkdtemp(dir=folder)) / stem
+        if source.kind != "cache":
+            cache = cache[:]  # what is in memory stays as it is
+            cache.fingerprint = with_images(cache.fingerprint, self.processor.image_processor)
         cache.save(path)
         return path
 
@@ -233,7 +238,7 @@ class DemoEngine:
         if (known := self._images.get(source.key, num_voco_tokens)) is not None:
             return known, Spent()
         if source.kind == "cache":
-            cache = load_cache(source.path, self.model, self.limits)
+            cache = load_cache(source.path, self.model, self.processor, self.limits)
             make = lambda: cache  # noqa: E731
         else:
             # Read and made small outside of the thread that computes

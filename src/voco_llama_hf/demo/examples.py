@@ -1,7 +1,12 @@
 """What visitors may start with, if the embedded checkpoint answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from .. import EMBEDDED_CHECKPOINT
+from ..hub.card import scaled
+from .engine import DemoEngine
 
 
 FOLDER = Path(__file__).parent / "examples"
@@ -74,4 +79,20 @@ ABOUT_OTHERS = (
 )
 
 
-__all__ = ["ABOUT_EMBEDDED", "ABOUT_OTHERS", "EMBEDDED_EXAMPLES", "QUESTIONS", "Example"]
+def introduce(engine: DemoEngine, name: str) -> tuple[str, Sequence[Example], Sequence[str]]:
+    """
+    What a page says of the model with this folder or Hub id.
+
+    Returns:
+        What it knows, in Markdown; what can be taken instead of dropping something; what to ask about anything else.
+    """
+    is_embedded = Path(name).exists() and Path(name).samefile(EMBEDDED_CHECKPOINT)
+    about = (ABOUT_EMBEDDED if is_embedded else ABOUT_OTHERS).format(
+        name=Path(name).resolve().name if Path(name).is_dir() else name,
+        parameters=scaled(engine.cost.num_parameters, ("", "thousand", "million", "billion")),
+        vision_tokens=engine.num_vision_tokens,
+    )
+    return (about, EMBEDDED_EXAMPLES, QUESTIONS) if is_embedded else (about, (), ())
+
+
+__all__ = ["EMBEDDED_EXAMPLES", "QUESTIONS", "Example", "introduce"]

@@ -6,17 +6,15 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..addresses import listen
 from ..serving.limits import LimitMiddleware
 from .engine import DemoEngine
+from .examples import introduce
 
-
-if TYPE_CHECKING:
-    from .examples import Example
 
 MULTIPART_BYTES = 100_000  # around an upload
 UPLOAD_SECONDS = 120
@@ -26,9 +24,7 @@ TERMINATED = 143
 
 def launch(
     engine: DemoEngine,
-    about: str,
-    examples: Sequence[Example] = (),
-    questions: Sequence[str] = (),
+    name: str,
     host: str = "127.0.0.1",
     port: int | None = None,
     announce: Callable[[str], object] = print,
@@ -38,16 +34,15 @@ def launch(
 
     Args:
         engine ([`DemoEngine`]): Does the work, within its limits.
-        about (`str`): What the model knows, in Markdown.
-        examples (`Sequence[Example]`, *optional*): What can be taken instead of dropping something.
-        questions (`Sequence[str]`, *optional*): What is proposed for anything else.
+        name (`str`): Folder or Hub id of its model; the embedded checkpoint comes with examples.
         host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen at.
         port (`int`, *optional*): Port to listen at, by default the first free one from 7860.
-        announce (`Callable`, *optional*): Is told the address when the page is there.
+        announce (`Callable`, *optional*): Is told `Open` and the address when the page is there.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: if there is no such address here, or its port is taken.
     """
+    listen(host, port or 0).close()  # Gradio tries a hundred ports, and its threads would stay behind
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(TERMINATED))  # so that uploads do not stay behind
     with tempfile.TemporaryDirectory(prefix="voco-llama-demo-") as name:
         folder = Path(name).resolve()
@@ -65,7 +60,7 @@ def launch(
             limits, max_request_bytes=limits.max_request_bytes + MULTIPART_BYTES, read_seconds=UPLOAD_SECONDS
         )
         middleware = [Middleware(LimitMiddleware, limits=bounds), Middleware(UploadFolderOnly, folder=folder)]
-        page = build_page(engine, folder, about, examples, questions)
+        page = build_page(engine, folder, *introduce(engine, name))
         page.queue(max_size=limits.max_queue, default_concurrency_limit=1)
         _, address, _ = page.launch(
             server_name=host,
@@ -85,7 +80,7 @@ def launch(
             theme=gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONO),
             css_paths=Path(__file__).parent / "style.css",
         )
-        announce(address)
+        announce(f"Open {address}")
         page.block_thread()
 
 

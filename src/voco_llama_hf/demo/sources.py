@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..images import decode_image
 from ..modeling import VoCoCache, VoCoLlamaProcessor
-from ..modeling.cache_voco_llama import check_fingerprint
-from ..modeling.configuration_voco_llama import key_value_shape
+from ..modeling.cache_voco_llama import check_cache
+from ..modeling.fingerprint_voco_llama import with_images
 from ..serving import Limits
 from ..store import hash_file
 from ..videos import check_video, is_video, read_frames
@@ -78,9 +78,9 @@ def open_picture(path: str, owner: str, limits: Limits, num_frames: int) -> tupl
     return source, pictures
 
 
-def load_cache(path: str, model: Any, limits: Limits) -> VoCoCache:
+def load_cache(path: str, model: Any, processor: VoCoLlamaProcessor, limits: Limits) -> VoCoCache:
     """
-    A file of [`VoCoCache.save`] for this very model.
+    A file of [`VoCoCache.save`] for this very model and its processor.
 
     Raises:
         ValueError: if it is none, is damaged, too large, or of another model; the message has the file's name only.
@@ -88,21 +88,14 @@ def load_cache(path: str, model: Any, limits: Limits) -> VoCoCache:
     with naming(path):
         check_size(path, limits)
         cache = VoCoCache.load(path)
-        check_fingerprint(cache.fingerprint, model.fingerprint(), "the one shown here", Path(path).name)
-        # Whoever makes a file by hand can write any fingerprint
-        shape = key_value_shape(model.config.text_config)
-        if tuple(cache.keys.shape[1:]) != shape or not cache.dtype.is_floating_point:
-            raise ValueError(f"{path} is damaged: keys of {tuple(cache.keys.shape[1:])} {cache.dtype}, not {shape}")
-        if not all(type(count) is int for count in cache.token_counts) or not len(cache):
-            raise ValueError(f"{path} is damaged: its metadata does not describe its tensors")
-        if not (cache.keys.isfinite().all() and cache.values.isfinite().all()):
-            raise ValueError(f"{path} is damaged: it holds numbers that are not finite")
+        made_for = with_images(model.fingerprint(exact=False), processor.image_processor)
+        check_cache(cache, model.config, made_for, "the one shown here", Path(path).name)
         return cache.to(model.dtype)
 
 
-def open_cache(path: str, owner: str, model: Any, limits: Limits) -> Source:
+def open_cache(path: str, owner: str, model: Any, processor: VoCoLlamaProcessor, limits: Limits) -> Source:
     """The source; see [`load_cache`]."""
-    cache = load_cache(path, model, limits)
+    cache = load_cache(path, model, processor, limits)
     key, name = f"{owner}/{hash_file(path)}", Path(path).name
     return Source(path, name, "cache", key, len(cache), [], sum(cache.token_counts))
 

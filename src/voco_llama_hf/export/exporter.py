@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,17 @@ from typing import Any
 
 import onnx_ir
 import torch
+from PIL import Image
 from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
+from ..files import check_new_folder, new_folder
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, check_new_folder, new_folder
+from .answers import AnswerAgreement, check_answers, check_questions, compare_answers, default_pictures
+from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT
 from .graphs import COMPRESSOR, DECODER, Graph, build_graphs, export_graph
-from .session import TorchSession, check_provider
+from .providers import check_provider, resolve_providers
+from .runtime import ORTVoCoLlamaForConditionalGeneration
+from .session import TorchSession
 from .validation import Difference, check_differences, compare
 
 
@@ -37,10 +43,12 @@ class ExportReport:
     Args:
         sizes (`dict[str, int]`): Bytes of each graph with its weights.
         differences (`list[Difference]`): How far each graph is from PyTorch, at several sizes of its inputs.
+        answers ([`AnswerAgreement`], *optional*): How both answer questions about pictures; None without a processor.
     """
 
     sizes: dict[str, int]
     differences: list[Difference]
+    answers: AnswerAgreement | None
 
 
 def export_onnx(
@@ -51,6 +59,9 @@ def export_onnx(
     quantize: str | None = None,
     provider: str | None = None,
     opset: int | None = None,
+    images: Sequence[Image.Image] | None = None,
+    questions: Sequence[str] | None = None,
+    atol: float | None = None,
     progress: Callable[[str], Any] = lambda step: None,
 ) -> ExportReport:
     """
@@ -63,7 +74,8 @@ def export_onnx(
         output (`str` or `os.PathLike`):
             Folder to write, new or empty.
         processor ([`VoCoLlamaProcessor`], *optional*):
-            Processor that is saved beside the graphs.
+            Processor that is saved beside the graphs, and asks the questions that their answers are compared on. A
+            quantized export needs it.
         precision (`str`, *optional*, defaults to `"fp32"`):
             `"fp32"`, `"fp16"` or `"bf16"`.
         quantize (`str`, *optional*):
@@ -73,38 +85,42 @@ def export_onnx(
             they are, for every provider, and run on the CPU.
         opset (`int`, *optional*):
             ONNX opset; by default that of the exporter.
+        images (`Sequence[PIL.Image.Image]`, *optional*):
+            Pictures to ask about; by default two that the package ships.
+        questions (`Sequence[str]`, *optional*):
+            What to ask about each; by default the package's own questions.
+        atol (`float`, *optional*):
+            Largest absolute difference from PyTorch that a graph may have; by default 1e-3 in fp32, and any in other
+            precisions, whose relative differences are bounded.
         progress (`Callable`, *optional*):
             Called with the name of each step.
 
     Raises:
         FileExistsError: if `output` holds something.
-        ValueError: if an argument is unknown, the provider is not there, or a graph differs from PyTorch beyond
-            tolerance. Nothing is written then.
+        ValueError: if an argument is unknown, the model has an adapter that is not merged, the provider is not there,
+            a graph differs from PyTorch beyond tolerance, or both answer otherwise than PyTorch. Nothing is written
+            then.
     """
     output = Path(output)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if quantize not in (None, *QUANTIZATIONS):
-        raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
+    check_model(model)
     running_on = provider or "CPUExecutionProvider"
-    check_provider(running_on)
-    if precision == "bf16" and running_on == "CPUExecutionProvider":
-        raise ValueError("the CPUExecutionProvider has no bf16 kernels: use fp32, fp16 or the CUDAExecutionProvider")
-    if quantize == "int8" and precision != "fp32":
-        raise ValueError(f"int8 is quantized from fp32: leave precision at fp32 instead of {precision}")
+    check_options(precision, quantize, running_on)
+    if processor is None and (quantize is not None or images is not None or questions is not None):
+        raise ValueError("the answers of the graphs are compared with PyTorch's, which needs the model's processor")
+    pictures = default_pictures() if images is None else list(images)
+    if not pictures:
+        raise ValueError("images is empty: give at least one, or None for those of the package")
+    asked = None if processor is None else check_questions(questions, processor, model.config.voco_token_id)
     check_new_folder(output)
 
-    fingerprint = model.fingerprint()
-    if model.dtype != PRECISIONS[precision]:
-        copied: Any = copy.deepcopy(model)
-        model = copied.to(PRECISIONS[precision])
-    model.eval()
-    sizes, differences = {}, []
-    with new_folder(output) as aside:
-        for graph in build_graphs(model):
+    fingerprint, kind = model.fingerprint(), quantize or precision
+    fusions = FUSIONS.get(running_on) if provider else None
+    with in_precision(model, PRECISIONS[precision]) as network, new_folder(output) as aside:
+        sizes, differences, answers = {}, [], None
+        for graph in build_graphs(network):
             progress(f"Exporting the {graph.name}")
             with quiet():
-                program = convert(graph, quantize, FUSIONS.get(running_on) if provider else None, opset)
+                program = convert(graph, quantize, fusions, opset)
             if graph.name == COMPRESSOR:
                 program.metadata_props[FINGERPRINT] = json.dumps(fingerprint)
             path = aside / FILES[graph.name]
@@ -112,15 +128,65 @@ def export_onnx(
             del program
             sizes[graph.name] = sum(file.stat().st_size for file in aside.glob(f"{path.name}*"))
             progress(f"Running the {graph.name} against PyTorch")
-            differences += compare(graph, TorchSession(path, running_on), quantize or precision)
+            differences += compare(graph, TorchSession(path, resolve_providers(running_on)), kind, atol)
         check_differences(differences)
-        config = copy.deepcopy(model.config)
-        config.dtype = model.dtype
+        config = copy.deepcopy(network.config)
+        config.dtype = network.dtype
         config.save_pretrained(aside)
-        model.generation_config.save_pretrained(aside)
-        if processor is not None:
+        network.generation_config.save_pretrained(aside)
+        if processor is not None and asked is not None:
             processor.save_pretrained(aside)
-    return ExportReport(sizes, differences)
+            progress("Asking both about pictures")
+            exported = ORTVoCoLlamaForConditionalGeneration.from_pretrained(aside, provider=running_on)
+            answers = compare_answers(network, exported, processor, kind, pictures, asked)
+            check_answers(answers, kind)
+            del exported
+    return ExportReport(sizes, differences, answers)
+
+
+def check_model(model: Any) -> None:
+    """
+    Raises:
+        ValueError: if it is not a [`VoCoLlamaForConditionalGeneration`], above all if an adapter is around it.
+    """
+    peft = sys.modules.get("peft")  # whoever has such a model has imported it
+    if peft is not None and isinstance(model, peft.PeftModel):
+        raise ValueError("the model has an adapter around it: merge it first, with model.merge_and_unload()")
+    if not isinstance(model, VoCoLlamaForConditionalGeneration):
+        raise ValueError(f"export_onnx takes a VoCoLlamaForConditionalGeneration, got a {type(model).__name__}")
+
+
+def check_options(precision: str, quantize: str | None, provider: str) -> None:
+    """
+    Raises:
+        ValueError: if an option is unknown, not available here, or does not go with the others.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
+    check_provider(provider)
+    if precision == "bf16" and provider == "CPUExecutionProvider":
+        raise ValueError("the CPUExecutionProvider has no bf16 kernels: use fp32, fp16 or the CUDAExecutionProvider")
+    if quantize == "int8" and precision != "fp32":
+        raise ValueError(f"int8 is quantized from fp32: leave precision at fp32 instead of {precision}")
+
+
+@contextmanager
+def in_precision(
+    model: VoCoLlamaForConditionalGeneration, dtype: torch.dtype
+) -> Iterator[VoCoLlamaForConditionalGeneration]:
+    """The model in evaluation mode and one precision: itself, left as it was, or a copy."""
+    if {parameter.dtype for parameter in model.parameters()} != {dtype}:
+        copied: Any = copy.deepcopy(model)
+        yield copied.to(dtype).eval()
+        return
+    training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)
 
 
 def convert(graph: Graph, quantize: str | None, fusions: Any, opset: int | None) -> onnx_ir.Model:

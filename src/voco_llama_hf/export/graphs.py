@@ -93,6 +93,8 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
     pasts = [f"past_key_values.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
     like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
 
+    compressor = Compressor(model)
+
     def compressor_sample(sizes: dict[str, int]) -> dict:
         size = vision.image_size
         return {
@@ -105,19 +107,25 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
         # Rows of a batch are padded on the left, as `generate` has them
         padding = torch.arange(batch).clamp(max=past // 2)
         mask = (torch.arange(past + length) >= padding[:, None]).long().to(model.device)
-        shape = (batch, heads, past, head_dim)
+        if past > 0:
+            # Keys and values that the model computes itself, whose sizes differ by layer as no random numbers do
+            images = compressor_sample({IMAGES: batch, VOCO: past})
+            key_values = compressor(**images)
+        else:
+            empty = torch.empty(batch, heads, 0, head_dim, **like)
+            key_values = [(empty, empty)] * num_layers
         return {
             "input_ids": torch.randint(text.vocab_size, (batch, length), device=model.device),
             "attention_mask": mask,
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, past:],
-            "past_key_values": [(torch.randn(shape, **like), torch.randn(shape, **like)) for _ in range(num_layers)],
+            "past_key_values": key_values,
         }
 
     total = f"{PAST} + {SEQUENCE}"
     return [
         Graph(
             COMPRESSOR,
-            Compressor(model),
+            compressor,
             compressor_sample,
             {"pixel_values": (IMAGES, None, None, None), VOCO: (VOCO,)},
             dict.fromkeys(presents, (IMAGES, None, VOCO, None)),
@@ -156,6 +164,7 @@ def export_graph(graph: Graph, config: OnnxConfig) -> onnx_ir.Model:
     program, _ = OnnxExporter().export_program(graph.module, sample, config)
     # The exporter leaves stack traces of this machine in every node
     ClearMetadataAndDocStringPass()(program)
+    _widen_angles(program.graph)
     _name_values(program.graph, graph)
     if graph.name == COMPRESSOR:
         _take_number(program.graph)
@@ -176,6 +185,22 @@ def _name_values(program: onnx_ir.Graph, graph: Graph) -> None:
     for value in [*program.inputs, *(value for node in program.all_nodes() for value in node.outputs)]:
         if value.shape is not None:
             value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
+
+
+def _widen_angles(graph: onnx_ir.Graph) -> None:
+    """
+    Repeats angles for every row: ONNX's own operator of rotary embeddings (opset 23) does not broadcast as PyTorch.
+    """
+    for node in list(graph):
+        if node.op_type != "RotaryEmbedding" or node.domain != "":
+            continue
+        batch = onnx_ir.node("Shape", [node.inputs[0]], {"start": 0, "end": 1})
+        ones = onnx_ir.node("Constant", [], {"value_ints": [1, 1]})
+        shape = onnx_ir.node("Concat", [batch.outputs[0], ones.outputs[0]], {"axis": 0})
+        wide = [onnx_ir.node("Expand", [node.inputs[i], shape.outputs[0]]) for i in (1, 2)]
+        graph.insert_before(node, [batch, ones, shape, *wide])
+        for i, expanded in enumerate(wide, start=1):
+            node.replace_input_with(i, expanded.outputs[0])
 
 
 def _take_number(graph: onnx_ir.Graph) -> None:

@@ -4,31 +4,40 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModel, Cache, DynamicCache, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
-from transformers.utils import logging
-from transformers.utils.hub import cached_file, cached_files
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple
 
+from ..files import new_folder
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from ..modeling.cache_voco_llama import check_fingerprint
-from ..modeling.configuration_voco_llama import key_value_shape
+from ..modeling.cache_voco_llama import check_cache
+from ..modeling.compat_voco_llama import CACHE
+from ..modeling.compression_voco_llama import COMPRESSION_BATCH_SIZE
 from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
-from ..modeling.layout_voco_llama import per_image_counts, resolve_num_voco_tokens
-from ..modeling.modeling_voco_llama import COMPRESSION_BATCH_SIZE
+from ..modeling.injection_voco_llama import CompressedImages
+from ..modeling.layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
+from ..modeling.outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast
 from ..modeling.rotation_voco_llama import rotate_keys
-from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, data_file, new_folder
+from .files import FINGERPRINT
+from .loading import HUB_OPTIONS, find_exported, find_processor
+from .past import read_cache, write_cache
 from .prefill import KeyValues, prefill
-from .session import TorchSession, check_provider
+from .providers import Providers, resolve_providers
+from .session import TorchSession
+from .signature import Signature
 
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Arguments that transformers hands to the forward of every model, and that the graphs have no use for
+UNUSED = {*TransformersKwargs.__optional_keys__, "tokenizer", "assistant_tokenizer"}
 
 
 class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
@@ -45,8 +54,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
             Configuration of the model that was exported.
         generation_config ([`~transformers.GenerationConfig`], *optional*):
             How `generate` works by default.
-        model_save_dir (`str` or `Path`, *optional*):
-            Folder that the graphs come from.
+        files (`Sequence[Path]`, *optional*):
+            The graphs and whatever else [`save_pretrained`] copies beside the configurations.
 
     Raises:
         ValueError: if the graphs are not those of a model with this configuration.
@@ -75,20 +84,16 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         decoder: TorchSession,
         config: VoCoLlamaConfig,
         generation_config: GenerationConfig | None = None,
-        model_save_dir: str | Path | None = None,
+        files: Sequence[Path] = (),
     ):
         self.compressor, self.decoder = compressor, decoder
         self.config: Any = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
-        self.model_save_dir = model_save_dir
+        self._files = list(files)
         self._aside: tempfile.TemporaryDirectory | None = None
         text_config: Any = config.text_config
-        layers, heads, head_dim = self._key_value_shape = key_value_shape(text_config)
-        self._presents = [f"present.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-        self._pasts = [name.replace("present", "past_key_values") for name in self._presents]
-        check_graph(compressor, "compressor", ["pixel_values", "num_voco_tokens"], self._presents, (heads, head_dim))
-        text = ["input_ids", "attention_mask", "position_ids"]
-        check_graph(decoder, "decoder", [*text, *self._pasts], ["logits", *self._presents], (heads, head_dim))
+        self._signature = Signature(text_config)
+        self._signature.check(compressor, decoder)
         self.dtype, _ = decoder.output_types["present.0.key"]
         self.device = decoder.device
         # Images are put in at their place, for which their keys are rotated
@@ -103,62 +108,58 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         config: VoCoLlamaConfig | None = None,
         export: bool = False,
         provider: str = "CPUExecutionProvider",
-        provider_options: dict[str, Any] | None = None,
+        provider_options: Sequence[dict[str, Any]] | dict[str, Any] | None = None,
         session_options: onnxruntime.SessionOptions | None = None,
+        providers: Providers | None = None,
+        use_io_binding: bool | None = None,
+        trust_remote_code: bool = False,
         **kwargs,
     ) -> "ORTVoCoLlamaForConditionalGeneration":
         """
         Args:
             model_id (`str` or `os.PathLike`):
-                Folder or Hub id of an exported model, or with `export=True` of one for PyTorch.
+                Folder or Hub id of an exported model, whose graphs may lie in its folder `onnx`, or with `export=True`
+                of one for PyTorch.
             config ([`VoCoLlamaConfig`], *optional*):
                 Configuration, instead of the one saved.
             export (`bool`, *optional*, defaults to `False`):
                 Whether to export the model on the fly, into a folder that lives as long as the process.
             provider (`str`, *optional*, defaults to `"CPUExecutionProvider"`):
                 Execution provider of ONNX Runtime.
-            provider_options (`dict[str, Any]`, *optional*):
-                Options of the provider.
+            provider_options (`dict` or `Sequence[dict]`, *optional*):
+                Options of the provider, or of each of `providers`.
             session_options (`onnxruntime.SessionOptions`, *optional*):
                 Options of both sessions.
+            providers (`Sequence[str | tuple[str, dict]]`, *optional*):
+                Several providers instead of one, the preferred one first.
+            use_io_binding (`bool`, *optional*):
+                Taken as Optimum's models take it. Inputs and outputs are bound in place in any case.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Taken as Optimum's models take it. No code of a repository is run in any case.
             kwargs:
                 What [`~transformers.utils.cached_file`] takes: `cache_dir`, `force_download`, `local_files_only`,
                 `token`, `revision` and `subfolder`. With `export=True` also what [`export_onnx`] takes.
 
         Raises:
             OSError: if there is no such model.
-            ValueError: if the provider is not there, or the graphs are damaged or of another model.
+            ValueError: if a provider is not there, or the graphs are damaged or of another model.
         """
-        check_provider(provider)
-        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        chosen = resolve_providers(provider, providers, provider_options)
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        aside = None
         if export:
-            from .exporter import export_onnx
-
-            source = VoCoLlamaForConditionalGeneration.from_pretrained(model_id, dtype="auto", **hub)
             aside = tempfile.TemporaryDirectory(prefix="voco-llama-onnx-")
-            export_onnx(source, Path(aside.name) / "model", provider=provider, **kwargs)
-            model = cls.from_pretrained(
-                Path(aside.name) / "model", config, False, provider, provider_options, session_options
-            )
-            model._aside = aside  # the graphs are mapped, and saved from here
-            return model
+            export_aside(model_id, Path(aside.name) / "model", {"provider": chosen[0][0], **kwargs}, hub)
+            model_id, hub, kwargs = Path(aside.name) / "model", {}, {}
         if kwargs:
             raise TypeError(f"from_pretrained got unexpected keyword arguments {sorted(kwargs)}")
-        compressor_file = cached_file(model_id, COMPRESSOR_FILE, **hub)
-        cached_files(model_id, [COMPRESSOR_FILE, DECODER_FILE, "config.json"], **hub)
-        optional = [data_file(COMPRESSOR_FILE), data_file(DECODER_FILE), "generation_config.json"]
-        cached_files(model_id, optional, _raise_exceptions_for_missing_entries=False, **hub)
-        folder = Path(str(compressor_file)).parent
-        if config is None:
-            config = VoCoLlamaConfig.from_pretrained(folder)
-        generation_config = None
-        if (folder / "generation_config.json").exists():
-            generation_config = GenerationConfig.from_pretrained(folder)
+        files = find_exported(model_id, config, **hub)
         compressor, decoder = (
-            TorchSession(folder / file, provider, provider_options, session_options)
-            for file in (COMPRESSOR_FILE, DECODER_FILE)
+            TorchSession(path, chosen, session_options) for path in (files.compressor, files.decoder)
         )
-        return cls(compressor, decoder, config, generation_config, folder)
+        model = cls(compressor, decoder, files.config, files.generation_config, files.copied)
+        model._aside = aside  # the graphs are mapped, and saved from here
+        return model
 
     def save_pretrained(
         self,
@@ -169,12 +170,11 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         token: str | bool | None = None,
         commit_message: str = "Upload VoCo-LLaMA in ONNX",
     ) -> None:
-        """Copies graphs and configuration to a new folder, and with `push_to_hub=True` to the Hub."""
-        source, target = Path(str(self.model_save_dir)), Path(save_directory)
+        """Copies graphs, configuration and processor to a new folder, and with `push_to_hub=True` to the Hub."""
+        target = Path(save_directory)
         with new_folder(target) as aside:
-            for path in source.iterdir():
-                if path.is_file():
-                    shutil.copyfile(path, aside / path.name)
+            for path in self._files:
+                shutil.copyfile(path, aside / path.name)
             self.config.save_pretrained(aside)
             self.generation_config.save_pretrained(aside)
         if push_to_hub:
@@ -182,11 +182,15 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
             repo_id = api.create_repo(repo_id or target.name, private=private, exist_ok=True).repo_id
             api.upload_folder(repo_id=repo_id, folder_path=target, commit_message=commit_message)
 
-    def __call__(self, *args, **kwargs) -> LlavaCausalLMOutputWithPast:
+    def __call__(self, *args, **kwargs) -> VoCoLlamaCausalLMOutputWithPast:
         return self.forward(*args, **kwargs)
 
     def can_generate(self) -> bool:
         return True
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """None: nothing here is a module of PyTorch."""
+        return iter(())
 
     @staticmethod
     def is_remote_code() -> bool:
@@ -240,42 +244,64 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
 
     def _compress_batch(self, pixel_values: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(tokens, layers, key_value_heads, head_dim)` of the VoCo tokens of a batch of images."""
-        _, heads, head_dim = self._key_value_shape
-        shape = (len(pixel_values), heads, max(counts), head_dim)
+        shape = (len(pixel_values), self._signature.heads, max(counts), self._signature.head_dim)
         presents = self.compressor.run(
             {"pixel_values": pixel_values, "num_voco_tokens": torch.tensor(max(counts))},
-            dict.fromkeys(self._presents, shape),
+            dict.fromkeys(self._signature.presents, shape),
         )
         wanted = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
         keys, values = (
             torch.stack([presents[name] for name in names], dim=1).permute(0, 3, 1, 2, 4)[wanted.to(self.device)]
-            for names in (self._presents[::2], self._presents[1::2])
+            for names in (self._signature.presents[::2], self._signature.presents[1::2])
         )
         return keys, values
 
-    def get_image_features(
+    def get_compressed_images(
         self,
-        pixel_values: Any = None,
-        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
-        voco_cache: VoCoCache | None = None,
-        return_dict: bool = True,
-    ) -> BaseModelOutputWithPooling:
-        """See [`VoCoLlamaModel.get_image_features`]; its rows are keys at position 0 and values."""
-        if (voco_cache is None) == (pixel_values is None):
-            raise ValueError("pass the images either as pixel_values or as a voco_cache")
+        pixel_values: torch.Tensor | None,
+        voco_cache: VoCoCache | None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None,
+        voco_mask: np.ndarray,
+        start: int = 0,
+        **vision_options,
+    ) -> CompressedImages:
+        """See [`VoCoLlamaModel.get_compressed_images`]; what the vision tower hands on is fixed in the graph."""
+        if chosen := sorted(name for name, value in vision_options.items() if value is not None):
+            raise ValueError(f"{chosen[0]} is fixed in the exported graph: export a model whose configuration says it")
+        given: Any = pixel_values if voco_cache is None else voco_cache
+        if voco_cache is not None and num_voco_tokens is None:
+            num_voco_tokens = voco_cache.token_counts
+        counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
+        find_starts(voco_mask, counts)
         if voco_cache is None:
-            voco_cache = self.compress(pixel_values, num_voco_tokens, show_progress=False)
+            voco_cache = self.compress(given, counts, show_progress=False)
         else:
-            check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
-            voco_cache.resolve(num_voco_tokens)
-            voco_cache = voco_cache.to(self.device)
-        offsets = torch.cat([torch.arange(count) for count in voco_cache.token_counts]).to(self.device)
-        at_zero = rotate_keys(voco_cache.keys, -offsets, self.rotary_emb)
-        rows = torch.cat([at_zero.flatten(1), voco_cache.values.flatten(1)], dim=-1)
-        images: Any = list(rows.split(voco_cache.token_counts))
-        return BaseModelOutputWithPooling(pooler_output=images)
+            voco_cache.resolve(counts)
+            check_cache(voco_cache, self.config, self.fingerprint())
+        offsets = np.concatenate([np.arange(count) for count in counts])
+        rows, columns = voco_mask.nonzero()
+        return CompressedImages(
+            voco_cache.keys, voco_cache.values, None, offsets, rows, columns + start, len(voco_mask)
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):  # type: ignore[override]
+        """
+        See [`VoCoLlamaForConditionalGeneration.generate`].
+
+        Raises:
+            ValueError: also if a prompt ends with an image.
+        """
+        input_ids = inputs if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        is_given = kwargs.get("pixel_values") is not None and input_ids is not None
+        if is_given and self.get_voco_mask(input_ids)[:, -1].any():
+            raise ValueError(
+                "on ONNX Runtime a prompt must end with text, but its last token is <voco>: only the keys and values "
+                "of images are exported"
+            )
+        return super().generate(inputs, *args, **kwargs)
 
     @torch.no_grad()
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -286,57 +312,69 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
         voco_cache: VoCoCache | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        compressed_images: CompressedImages | None = None,
+        cache: Cache | None = None,
         use_cache: bool = True,
+        attention_mode: str | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool = True,
-    ) -> LlavaCausalLMOutputWithPast:
+        **kwargs,
+    ) -> VoCoLlamaCausalLMOutputWithPast:
         """
         See [`VoCoLlamaForConditionalGeneration.forward`]. Logits at `<voco>` tokens are zeros: only the keys and
         values of images are exported.
 
         Raises:
+            TypeError: if an argument is neither one of these nor one that transformers hands to every model.
             ValueError: if images and `<voco>` tokens do not fit, or something is asked for that the graphs lack.
         """
+        if unknown := sorted(kwargs.keys() - UNUSED):
+            raise TypeError(f"forward got unexpected keyword arguments {unknown}")
+        if labels is not None:
+            raise ValueError("the exported graphs compute no loss: take it from the logits")
+        if attention_mode not in (None, "voco"):
+            raise ValueError(f'the exported graphs compute attention_mode="voco" only, got {attention_mode!r}')
         voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
         assert input_ids is not None
         if output_attentions or output_hidden_states:
             raise ValueError("the exported decoder returns neither attentions nor hidden states")
-        features = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
-        if sum(images is not None for images in (pixel_values, voco_cache, features)) > 1:
-            raise ValueError("pass the images once: as pixel_values, as a voco_cache or as mm_encoder_outputs")
-        images: Any = pixel_values if voco_cache is None else voco_cache
-        if images is not None:
-            if voco_cache is not None and num_voco_tokens is None:
-                num_voco_tokens = voco_cache.token_counts
-            counts = resolve_num_voco_tokens(num_voco_tokens, len(images), int(voco_mask.sum()))
-            features = self.get_image_features(pixel_values, counts, voco_cache)
-
-        cache: Any = DynamicCache() if past_key_values is None else past_key_values
-        past = self._read_cache(cache, len(input_ids))
-        past_length, length = past[0][0].shape[2], input_ids.shape[1]
+        given = sum(images is not None for images in (pixel_values, voco_cache, compressed_images))
+        if given > 1:
+            raise ValueError("pass the images once: as pixel_values, as a voco_cache or as compressed_images")
+        if cache is None:
+            cache = DynamicCache() if past_key_values is None else past_key_values
+        past = read_cache(cache, self._signature, len(input_ids), self.dtype, self.device)
+        past_length, (batch_size, length) = past[0][0].shape[2], input_ids.shape
+        if pixel_values is not None or voco_cache is not None:
+            compressed_images = self.get_compressed_images(
+                pixel_values, voco_cache, num_voco_tokens, voco_mask.cpu().numpy(), past_length
+            )
         if attention_mask is None:
             attention_mask = torch.ones(len(input_ids), past_length + length, dtype=torch.long)
         if position_ids is None:
             position_ids = torch.arange(past_length, past_length + length)[None]
         position_ids = position_ids.expand(len(input_ids), -1)
-        if features is None or not voco_mask.any():
-            logits: torch.Tensor | None
+        logits: torch.Tensor | None
+        if compressed_images is None or not compressed_images.stand_in(past_length, length):
             logits, present = self._decode(input_ids, attention_mask, position_ids, past)
         else:
-            rows: Any = features.pooler_output
-            placed = self._place_images(torch.cat(list(rows)), position_ids[voco_mask.to(position_ids.device)])
+            images = compressed_images.window(past_length, length, batch_size)
+            places = torch.from_numpy(images.rows), torch.from_numpy(images.columns)
+            is_image = torch.zeros(batch_size, length, dtype=torch.bool).index_put(places, torch.tensor(True))
+            position_ids = position_ids.cpu()
+            placed = self._place_images(images, position_ids[places])
             logits, present = prefill(
-                *(self._decode, input_ids.cpu(), attention_mask.cpu(), position_ids.cpu(), past),
-                *(voco_mask.cpu(), placed),
+                *(self._decode, input_ids.cpu(), attention_mask.cpu(), position_ids, past, is_image, placed)
             )
         if logits is None:
             vocab_size = self.config.text_config.vocab_size
             logits = torch.zeros(*input_ids.shape, vocab_size, dtype=self.dtype, device=self.device)
         if use_cache:
             write_cache(cache, present)
-        return LlavaCausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        logits = slice_logits_to_keep(logits, logits_to_keep)
+        return VoCoLlamaCausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 
     def _decode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: KeyValues
@@ -346,52 +384,20 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         heads, past_length, head_dim = past[0][0].shape[1:]
         present = (batch_size, heads, past_length + length, head_dim)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs |= zip(self._pasts, (states for layer in past for states in layer))
+        inputs |= zip(self._signature.pasts, (states for layer in past for states in layer))
         shapes: dict[str, tuple[int, ...]] = {
             "logits": (batch_size, length, self.config.text_config.vocab_size),
-            **dict.fromkeys(self._presents, present),
+            **dict.fromkeys(self._signature.presents, present),
         }
         outputs = self.decoder.run(inputs, shapes)
-        states = [outputs[name] for name in self._presents]
+        states = [outputs[name] for name in self._signature.presents]
         return outputs["logits"], list(zip(states[::2], states[1::2]))
 
-    def _place_images(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _place_images(self, images: CompressedImages, positions: torch.Tensor) -> torch.Tensor:
         """Keys, at their positions, and values `(2, layers, tokens, key_value_heads, head_dim)` of images."""
-        layers, heads, head_dim = self._key_value_shape
-        if rows.shape != (len(positions), 2 * layers * heads * head_dim):
-            raise ValueError(
-                f"the input has {len(positions)} <voco> tokens and the model {2 * layers * heads * head_dim} numbers "
-                f"a token, but its images were compressed into {tuple(rows.shape)}"
-            )
-        keys, values = rows.to(self.device).view(-1, 2, layers, heads, head_dim).unbind(1)
-        keys = rotate_keys(keys, positions.to(self.device), self.rotary_emb)
-        return torch.stack([keys, values]).transpose(1, 2).to(self.dtype)
-
-    def _read_cache(self, cache: Any, batch_size: int) -> KeyValues:
-        """
-        Raises:
-            ValueError: if the cache is not a dynamic one, or has another number of layers.
-        """
-        layers, heads, head_dim = self._key_value_shape
-        if cache.get_seq_length() == 0:
-            empty = torch.empty(batch_size, heads, 0, head_dim, dtype=self.dtype, device=self.device)
-            return [(empty, empty)] * layers
-        if type(cache) is not DynamicCache or len(cache.layers) != layers:
-            raise ValueError(
-                f"past_key_values must be a DynamicCache of {layers} layers, got a {type(cache).__name__} of "
-                f"{len(cache.layers)}"
-            )
-        cached: Any = cache.layers
-        return [(layer.keys, layer.values) for layer in cached]
-
-    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs: dict, *args, **kwargs) -> dict:
-        is_text = inputs_tensor.ndim == 2
-        if model_kwargs.get("pixel_values") is not None and is_text and self.get_voco_mask(inputs_tensor)[:, -1].any():
-            raise ValueError(
-                "on ONNX Runtime a prompt must end with text, but its last token is <voco>: only the keys and values "
-                "of images are exported"
-            )
-        return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
+        moved = positions - torch.from_numpy(images.offsets)
+        keys = rotate_keys(images.keys.to(self.device), moved.to(self.device), self.rotary_emb)
+        return torch.stack([keys, images.values.to(self.device)]).transpose(1, 2).to(self.dtype)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args, **kwargs
@@ -402,44 +408,17 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported on ONNX Runtime, "
                 "whose keys and values are in a DynamicCache"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DynamicCache()
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = DynamicCache()
         elif generation_config.use_cache:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, *args, **kwargs
             )
 
 
-def write_cache(cache: Any, present: KeyValues) -> None:
-    """Makes `present` the content of a cache, without a copy where it has layers already."""
-    for number, (keys, values) in enumerate(present):
-        if number == len(cache.layers) or not cache.layers[number].is_initialized:
-            cache.update(keys, values, number)
-        else:
-            cache.layers[number].keys, cache.layers[number].values = keys, values
+def export_aside(model_id: str | os.PathLike, folder: Path, options: dict[str, Any], hub: dict[str, Any]) -> None:
+    """Exports a model for PyTorch, with its processor if it has one, to a folder."""
+    from .exporter import export_onnx
 
-
-def check_graph(
-    session: TorchSession, name: str, inputs: list[str], outputs: list[str], present: tuple[int, int]
-) -> None:
-    """
-    Raises:
-        ValueError: if a graph has other inputs or outputs than its configuration asks for.
-    """
-    for kind, expected, found in (
-        ("inputs", inputs, set(session.input_types)),
-        ("outputs", outputs, set(session.output_types)),
-    ):
-        if differing := sorted(set(expected) ^ found):
-            raise ValueError(
-                f"the {name} is not a graph of this model: it has other {kind} than its configuration says, first "
-                f"{differing[0]}"
-            )
-    shapes = {tuple(value.shape[1::2]) for value in session.session.get_outputs() if value.name.startswith("present")}
-    if shapes != {present}:
-        raise ValueError(
-            f"the {name} is not a graph of this model: its keys and values have (heads, head size) "
-            f"{sorted(shapes)}, its configuration says {present}"
-        )
-    if name == "compressor" and FINGERPRINT not in session.metadata:
-        raise ValueError("the compressor is not a graph of this package: it does not say which model it is of")
+    source = VoCoLlamaForConditionalGeneration.from_pretrained(model_id, dtype="auto", **hub)
+    export_onnx(source, folder, **{"processor": find_processor(model_id, **hub), **options})

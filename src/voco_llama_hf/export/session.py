@@ -7,6 +7,8 @@ import onnxruntime
 import torch
 from onnx import TensorProto
 
+from .providers import CUDA_PROVIDERS, resolve_providers
+
 
 DTYPES = {
     "tensor(float)": (torch.float32, TensorProto.FLOAT),
@@ -14,22 +16,6 @@ DTYPES = {
     "tensor(bfloat16)": (torch.bfloat16, TensorProto.BFLOAT16),
     "tensor(int64)": (torch.int64, TensorProto.INT64),
 }
-CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-
-
-def check_provider(provider: str) -> None:
-    """
-    Raises:
-        ValueError: if this build of ONNX Runtime does not have the execution provider.
-    """
-    available = onnxruntime.get_available_providers()
-    if provider not in available:
-        raise ValueError(
-            f"this ONNX Runtime has no {provider}, it has {', '.join(available)}: the extra export brings "
-            "onnxruntime for the CPU, export-gpu brings onnxruntime-gpu for CUDA and TensorRT"
-        )
-    if provider in CUDA_PROVIDERS and not torch.cuda.is_available():
-        raise ValueError(f"{provider} needs a PyTorch with CUDA and a GPU, to keep keys and values on the device")
 
 
 class TorchSession:
@@ -39,34 +25,29 @@ class TorchSession:
     Args:
         path (`Path`):
             The graph; its weights may lie beside it.
-        provider (`str`):
-            Execution provider, as ONNX Runtime names it.
-        provider_options (`dict[str, Any]`, *optional*):
-            Options of the provider.
+        providers (`list[tuple[str, dict]]`, *optional*):
+            Execution providers with their options, from [`resolve_providers`]; inputs and outputs are on the device of
+            the first. By default the CPU's.
         session_options (`onnxruntime.SessionOptions`, *optional*):
             Options of the session.
 
     Raises:
-        ValueError: if the provider is not there, or the graph cannot be opened or was not exported by this package.
+        ValueError: if the graph cannot be opened or was not exported by this package.
     """
 
     def __init__(
         self,
         path: Path,
-        provider: str = "CPUExecutionProvider",
-        provider_options: dict[str, Any] | None = None,
+        providers: list[tuple[str, dict[str, Any]]] | None = None,
         session_options: onnxruntime.SessionOptions | None = None,
     ):
-        check_provider(provider)
-        options = dict(provider_options or {})
-        self.device = torch.device("cpu")
-        if provider in CUDA_PROVIDERS:
-            self.device = torch.device("cuda", int(options.setdefault("device_id", torch.cuda.current_device())))
-        providers: list[Any] = [(provider, options)]
-        if provider == "TensorrtExecutionProvider":
-            providers.append(("CUDAExecutionProvider", {"device_id": options["device_id"]}))
+        given = resolve_providers() if providers is None else providers
+        provider, options = given[0]
+        self.device = (
+            torch.device("cuda", int(options["device_id"])) if provider in CUDA_PROVIDERS else torch.device("cpu")
+        )
         try:
-            self.session = onnxruntime.InferenceSession(str(path), session_options, providers=providers)
+            self.session = onnxruntime.InferenceSession(str(path), session_options, providers=given)
         except Exception as error:  # ONNX Runtime's own errors share no class
             raise ValueError(f"ONNX Runtime cannot open {path}: {' '.join(str(error).split())}") from error
         # Otherwise a provider whose libraries do not load is left out with a warning

@@ -1,5 +1,6 @@
 """The model card of a VoCo-LLaMA: written once, and refreshed without touching what a person wrote."""
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -10,9 +11,13 @@ import torch
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
+from ..files import check_inside, written_aside
+from ..loading import find_base, is_adapter_folder, is_hub_id, load_config, load_processor
 from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
+from ..modeling.compat_voco_llama import NEWEST_TESTED, OLDEST
 from ..prompts import starts_with_bos
 from .cost import CostModel, ImageCost
+from .metadata import check_base_model, check_license
 from .results import TASK, load_eval_results, merge_eval_results, results_tables
 
 
@@ -21,6 +26,9 @@ PICTURE = Path(__file__).with_name("attention.png")
 RESULTS_FILE = "results.json"
 CODE_FILE = "modeling_voco_llama.py"
 TAGS = ["voco-llama", "vision-language", "token-compression"]
+BASE_PLACEHOLDER = "path/to/the-base-model"
+# Of the template that PEFT and huggingface_hub write, whoever trained
+UNFILLED = "[More Information Needed]"
 TOKEN_COUNTS = (1, 2, 8)
 NUM_TEXT_TOKENS = 32
 SECTION = re.compile(r"<!-- voco-llama:(?P<name>[\w-]+) -->.*?<!-- /voco-llama:(?P=name) -->", re.DOTALL)
@@ -41,6 +49,7 @@ def make_card(
     *,
     name: str | None = None,
     ships_code: bool = True,
+    is_adapter: bool = False,
     license: str | None = None,
     base_model: str | None = None,
     base_model_relation: str | None = None,
@@ -71,6 +80,8 @@ def make_card(
             Title of a new card; the last part of `model_id` by default.
         ships_code (`bool`, *optional*, defaults to `True`):
             Whether the code lies next to the weights.
+        is_adapter (`bool`, *optional*, defaults to `False`):
+            Whether it is PEFT adapters, which the quick start puts on their base model.
         license, base_model, base_model_relation, language (`str`, *optional*):
             Metadata. The relation is `"finetune"`, `"adapter"`, `"quantized"` or `"merge"`.
         datasets, tags (`Sequence[str]`, *optional*):
@@ -86,12 +97,19 @@ def make_card(
         [`~huggingface_hub.ModelCard`]
 
     Raises:
-        ValueError: if a section of `card` is opened and not closed.
+        ValueError: if a section of `card` is opened and not closed, or the Hub would not take licence or base model.
     """
+    if license is not None:
+        check_license(license)
+    if base_model is not None:
+        check_base_model(base_model)
+    if card is not None and is_untouched_template(card):
+        card = None
     given = {
         "license": license,
         "base_model": base_model,
-        "base_model_relation": base_model_relation,
+        "base_model_relation": base_model_relation or ("adapter" if is_adapter else None),
+        "library_name": "peft" if is_adapter else None,
         "language": language,
     }
     name = name or Path(model_id).name
@@ -104,6 +122,9 @@ def make_card(
         name=name,
         model_id=model_id,
         ships_code=ships_code,
+        oldest_transformers="{}.{}".format(*OLDEST),
+        newest_transformers="{}.{}".format(*NEWEST_TESTED),
+        adapted=next(iter(as_list(data.base_model)), BASE_PLACEHOLDER) if is_adapter else None,
         description=description,
         image_size=size,
         ellipse=", ".join(str(round(size * edge)) for edge in (0.3, 0.3, 0.7, 0.7)),
@@ -140,7 +161,7 @@ def write_card(
         folder (`Path`):
             Model folder.
         model_id (`str`, *optional*):
-            What the quick start loads; the folder by default.
+            What the quick start loads; by default the name of the folder.
         results (`Path`, *optional*):
             Results of `voco-llama evaluate --output`; by default the folder's `results.json`, if there is one.
         eval_results (`Sequence[EvalResult]`, *optional*):
@@ -157,12 +178,12 @@ def write_card(
 
 def save_card(card: ModelCard, folder: Path) -> Path:
     """Writes a card and its picture into a folder."""
-    if not (folder / PICTURE.name).exists():
-        shutil.copyfile(PICTURE, folder / PICTURE.name)
+    if not os.path.lexists(folder / PICTURE.name):
+        with written_aside(folder / PICTURE.name) as aside:
+            shutil.copyfile(PICTURE, aside)
     path = folder / REPOCARD_NAME
-    aside = folder / f".{REPOCARD_NAME}.part"
-    card.save(aside)
-    aside.replace(path)
+    with written_aside(path) as aside:
+        card.save(aside)
     return path
 
 
@@ -175,18 +196,36 @@ def folder_card(
 ) -> ModelCard:
     """What [`write_card`] writes."""
     path, own_results = folder / REPOCARD_NAME, folder / RESULTS_FILE
+    for own in (path, own_results):
+        check_inside(folder, own)
     figures = list(eval_results)
     if results is not None or own_results.is_file():
         figures += load_eval_results(results or own_results)
-    options = {"ships_code": (folder / CODE_FILE).is_file(), "name": folder.absolute().name, **options}
+    name = folder.absolute().name
+    options = {"ships_code": (folder / CODE_FILE).is_file(), "name": name, **options}
+    if is_adapter_folder(folder):
+        base_model = options.get("base_model") or hub_base(folder)
+        options |= {"is_adapter": True, "ships_code": False, "base_model": base_model}
     return make_card(
-        VoCoLlamaConfig.from_pretrained(folder),
-        VoCoLlamaProcessor.from_pretrained(folder),
-        model_id or str(folder),
+        load_config(str(folder)),
+        load_processor(str(folder)),
+        model_id or name,
         ModelCard.load(path) if path.is_file() else None,
         eval_results=figures,
         **options,
     )
+
+
+def hub_base(folder: Path) -> str | None:
+    """The base model of adapters, if it lies on the Hub."""
+    base: Any = find_base(str(folder))
+    return None if os.path.isdir(base.name) else base.name
+
+
+def is_untouched_template(card: ModelCard) -> bool:
+    """Whether a card is the template of huggingface_hub, which PEFT writes, with nothing that a person filled in."""
+    template = ModelCard.from_template(ModelCardData())
+    return UNFILLED in card.text and card.text.count(UNFILLED) == template.text.count(UNFILLED)
 
 
 def merge_metadata(
@@ -204,7 +243,10 @@ def merge_metadata(
     fields["pipeline_tag"] = fields.get("pipeline_tag") or TASK
     fields["tags"] = list(dict.fromkeys([*as_list(fields.get("tags")), *TAGS, *tags]))
     fields["datasets"] = list(dict.fromkeys([*as_list(fields.get("datasets")), *datasets])) or None
-    if fields.get("base_model"):
+    # A path tells of the machine, and the Hub does not take it
+    bases = [name for name in as_list(fields.get("base_model")) if is_hub_id(name)]
+    fields["base_model"] = bases if len(bases) > 1 else next(iter(bases), None)
+    if bases:
         fields["base_model_relation"] = fields.get("base_model_relation") or "finetune"
     fields["eval_results"] = merge_eval_results(fields.get("eval_results") or [], eval_results)
     fields["model_name"] = fields.get("model_name") or name

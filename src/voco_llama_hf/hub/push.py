@@ -1,5 +1,6 @@
 """A saved model as a repository on the Hub, in one commit."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,7 +13,9 @@ from huggingface_hub.constants import REPOCARD_NAME
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
-from .card import CODE_FILE, PICTURE, folder_card
+from ..files import check_inside
+from ..loading import ADAPTER_CONFIG_NAME, is_adapter_folder
+from .card import CODE_FILE, PICTURE, folder_card, hub_base
 
 
 # What a model is loaded from, and what its card shows; optimizer states, logs and pickles stay at home
@@ -80,29 +83,59 @@ class PushPlan:
 def plan_push(folder: Path, repo_id: str, **card_options: Any) -> PushPlan:
     """
     Files that a model's repository is to have: weights, processor, code, its `onnx` folder, and the card refreshed for
-    its name there. The folder itself is left as it is.
+    its name there. Adapters go without code, and name their base model as the Hub does. The folder itself is left as
+    it is.
+
+    Args:
+        folder (`Path`): Model folder.
+        repo_id (`str`): Repository.
+        card_options: Arguments of [`make_card`]; `base_model` is where others find the base model of adapters.
 
     Raises:
-        ValueError: if weights or configuration are missing.
+        ValueError: if weights or configuration are missing, the base model of adapters is not on the Hub, or a file is
+            a link that leads out of the folder.
     """
+    is_adapter = is_adapter_folder(folder)
     present = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     chosen = [path for path in present if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)]
+    onnx = list(find_files(folder / ONNX_FOLDER))
+    for path in (*chosen, *onnx):
+        check_inside(folder, path)
     names = {path.name for path in chosen}
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} has no weights in safetensors files")
     if not names & {"config.json", "adapter_config.json"}:
         raise ValueError(f"{folder} has no config.json")
     files = [PushedFile(path.name, path) for path in chosen if path.name != REPOCARD_NAME]
-    if CODE_FILE not in names:
+    if is_adapter:
+        base_model = card_options.get("base_model") or hub_base(folder)
+        files = [file for file in files if file.path != ADAPTER_CONFIG_NAME]
+        files.append(PushedFile(ADAPTER_CONFIG_NAME, adapter_config(folder, base_model)))
+    elif CODE_FILE not in names:
         files += [PushedFile(path.name, path) for path in code_files()]
     if PICTURE.name not in names:
         files.append(PushedFile(PICTURE.name, PICTURE))
-    onnx = folder / ONNX_FOLDER
-    files += [PushedFile(path.relative_to(folder).as_posix(), path) for path in find_files(onnx)]
+    files += [PushedFile(path.relative_to(folder).as_posix(), path) for path in onnx]
     card = folder_card(folder, repo_id, **{"ships_code": True, **card_options})
     files.append(PushedFile(REPOCARD_NAME, str(card).encode()))
-    left_out = [path.name for path in present if path not in chosen and path != onnx]
+    left_out = [path.name for path in present if path not in chosen and path.name != ONNX_FOLDER]
     return PushPlan(sorted(files, key=lambda file: file.path), left_out)
+
+
+def adapter_config(folder: Path, base_model: str | None) -> bytes:
+    """
+    The configuration of adapters with the base model's name on the Hub: a folder of this machine means nothing there.
+
+    Raises:
+        ValueError: if it has no such name.
+    """
+    if base_model is None:
+        raise ValueError(
+            f"the base model of {folder} lies on this machine: push it and give its Hub id with --base-model, or push "
+            "both as one model with --merge"
+        )
+    config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())
+    return json.dumps({**config, "base_model_name_or_path": base_model}, indent=2).encode()
 
 
 def find_files(folder: Path) -> Iterator[Path]:

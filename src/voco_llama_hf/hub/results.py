@@ -54,7 +54,7 @@ def eval_result(
 
 def scenes_eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """
-    Figures of [`~voco_llama_hf.scenes.evaluation.ScenesResults`], given as its fields: exact match, the same with
+    Figures of [`~voco_llama_hf.scenes.ScenesResults`], given as its fields: exact match, the same with
     the images of other scenes, and the share of what seeing adds that compression keeps, all in percent.
     """
     figures = []
@@ -79,7 +79,7 @@ def scenes_eval_results(results: dict[str, Any]) -> list[EvalResult]:
 
 def video_eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """
-    Figures of [`~voco_llama_hf.scenes.video_evaluation.VideoResults`], given as its fields: exact match in percent
+    Figures of [`~voco_llama_hf.scenes.VideoResults`], given as its fields: exact match in percent
     on the questions that need the order of the frames and on those that do not, from all frames, from one, and from
     all of them out of order.
     """

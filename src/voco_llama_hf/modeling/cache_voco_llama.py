@@ -3,19 +3,27 @@
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .configuration_voco_llama import key_value_shape
+from .files_voco_llama import apply_umask, written_aside
+from .fingerprint_voco_llama import Fingerprint, check_fingerprint, join_fingerprints
 from .layout_voco_llama import per_image_counts
 
 
 FILE_FORMAT = "voco_cache"
-FILE_VERSION = "1"
+FILE_VERSION = "2"
+FIRST_FILE_VERSION = "1"  # whose checksum covers keys and values alone
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FILE_DTYPES = ("F16", "BF16", "F32", "F64")  # the same, as safetensors calls them
+MAX_FINGERPRINT = 65_536  # characters
+MAX_VOCO_TOKENS = 576  # as many as there are vision tokens to compress
 
 
 class TokenBuffer:
@@ -52,7 +60,8 @@ class VoCoCache:
         token_counts (`Sequence[int]`):
             VoCo tokens of each image.
         fingerprint (`dict[str, str]`):
-            What the entries were made by: configuration and weights of the model.
+            What the entries were made by: `model.fingerprint()`, and where it is known how images are preprocessed,
+            see [`with_images`].
 
     Raises:
         ValueError: if the shapes do not fit each other or `token_counts`.
@@ -78,13 +87,15 @@ class VoCoCache:
             )
         if sum(token_counts) != keys.shape[0] or any(count < 1 for count in token_counts):
             raise ValueError(
-                f"{keys.shape[0]} VoCo tokens cannot be divided into images of {list(token_counts)} tokens"
+                f"{keys.shape[0]} VoCo tokens cannot be divided into {len(token_counts)} images of "
+                f"{shorten(list(token_counts))} tokens"
             )
         self.keys = keys
         self.values = values
         self.token_counts = list(token_counts)
-        self.fingerprint = dict(fingerprint)
+        self.fingerprint = Fingerprint(fingerprint)
         self._buffers: tuple[TokenBuffer, TokenBuffer] | None = None
+        self._finite: tuple | None = None
 
     def __repr__(self) -> str:
         return (
@@ -110,7 +121,8 @@ class VoCoCache:
         else:
             spans = torch.arange(self.keys.shape[0]).split(self.token_counts)
             tokens = torch.cat([spans[i] for i in images] or [torch.empty(0, dtype=torch.long)]).to(self.device)
-        return type(self)(self.keys[tokens], self.values[tokens], counts, self.fingerprint)
+        part = type(self)(self.keys[tokens], self.values[tokens], counts, self.fingerprint)
+        return part._known_finite(self._is_known_finite)
 
     @property
     def num_voco_tokens(self) -> int | list[int]:
@@ -161,7 +173,12 @@ class VoCoCache:
             check_fingerprint(other.fingerprint, first.fingerprint, "the first cache")
         keys = torch.cat([cache.keys.to(first.keys) for cache in caches])
         values = torch.cat([cache.values.to(first.values) for cache in caches])
-        return cls(keys, values, [count for cache in caches for count in cache.token_counts], first.fingerprint)
+        fingerprint = first.fingerprint
+        for other in caches[1:]:
+            fingerprint = join_fingerprints(fingerprint, other.fingerprint)
+        joined = cls(keys, values, [count for cache in caches for count in cache.token_counts], fingerprint)
+        are_alike = all(cache.dtype == first.dtype for cache in caches)
+        return joined._known_finite(are_alike and all(cache._is_known_finite for cache in caches))
 
     def append(self, other: "VoCoCache", window: int | None = None) -> None:
         """
@@ -188,6 +205,30 @@ class VoCoCache:
         self.keys = keys.append(other.keys, sum(counts) - sum(kept))
         self.values = values.append(other.values, sum(counts) - sum(kept))
         self.token_counts = kept
+        self.fingerprint = join_fingerprints(self.fingerprint, other.fingerprint)
+
+    @property
+    def _is_known_finite(self) -> bool:
+        return self._finite is not None and self._finite == self._tensor_state()
+
+    def _known_finite(self, is_known: bool) -> "VoCoCache":
+        if is_known:
+            self._finite = self._tensor_state()
+        return self
+
+    def _tensor_state(self) -> tuple | None:
+        """Tells whether keys and values are those that were looked at; None if nobody can."""
+        if self.keys.is_inference() or self.values.is_inference():
+            return None
+        return id(self.keys), self.keys._version, id(self.values), self.values._version
+
+    def is_finite(self) -> bool:
+        """Whether all keys and values are finite numbers. It is looked at once."""
+        if self._is_known_finite:
+            return True
+        is_finite = bool(self.keys.isfinite().all() and self.values.isfinite().all())
+        self._known_finite(is_finite)
+        return is_finite
 
     def to(self, *args, **kwargs) -> "VoCoCache":
         """
@@ -200,7 +241,8 @@ class VoCoCache:
             [`VoCoCache`], which shares its tensors with this one where nothing changes.
         """
         keys, values = self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs)
-        return type(self)(keys, values, self.token_counts, self.fingerprint)
+        moved = type(self)(keys, values, self.token_counts, self.fingerprint)
+        return moved._known_finite(keys.dtype == self.dtype and self._is_known_finite)
 
     def save(self, path: str | os.PathLike) -> None:
         """
@@ -210,6 +252,7 @@ class VoCoCache:
             path (`str` or `os.PathLike`): File to write, or to replace.
 
         Raises:
+            FileExistsError: if there is a link, a device, a pipe or a folder under that name.
             OSError: if it cannot be written.
         """
         path = Path(path)
@@ -221,17 +264,11 @@ class VoCoCache:
             "version": FILE_VERSION,
             "num_voco_tokens": json.dumps(self.token_counts),
             "fingerprint": json.dumps(self.fingerprint),
-            "sha256": digest(tensors["keys"], tensors["values"]),
         }
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
+        metadata["sha256"] = digest_file(tensors, metadata)
+        with written_aside(path) as aside:
             save_file(tensors, aside, metadata=metadata)
             apply_umask(aside)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VoCoCache":
@@ -244,59 +281,162 @@ class VoCoCache:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged or holds something else.
+            OSError: if it cannot be opened.
+            ValueError: if the file is damaged, holds something else, or what it holds is no sound cache.
         """
-        if not Path(path).is_file():
+        path = Path(path)
+        if not path.is_file():
             raise FileNotFoundError(f"no VoCoCache file at {path}")
+        path.open("rb").close()  # whatever forbids it is said as it is
         try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            with safe_open(str(path), framework="pt") as file:
+                metadata = check_metadata(file.metadata() or {}, list(file.keys()), path)
+                check_tensors({name: file.get_slice(name) for name in ("keys", "values")}, metadata, path)
+                tensors = {name: file.get_tensor(name) for name in ("keys", "values")}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        if metadata.get("format") != FILE_FORMAT or set(tensors) != {"keys", "values"}:
-            raise ValueError(f"{path} is a safetensors file, but not one that VoCoCache.save wrote")
-        if metadata.get("version") != FILE_VERSION:
-            raise ValueError(
-                f"{path} has VoCoCache version {metadata.get('version')}, this package reads {FILE_VERSION}"
-            )
-        if metadata.get("sha256") != digest(tensors["keys"], tensors["values"]):
+        is_first = metadata["version"] == FIRST_FILE_VERSION
+        checksum = digest(*tensors.values()) if is_first else digest_file(tensors, metadata)
+        if metadata.get("sha256") != checksum:
             raise ValueError(f"{path} is damaged: its content does not match its checksum")
         try:
             counts, fingerprint = json.loads(metadata["num_voco_tokens"]), json.loads(metadata["fingerprint"])
-            return cls(tensors["keys"], tensors["values"], counts, fingerprint)
-        except (KeyError, TypeError, ValueError) as error:
+            check_counts(counts)
+            check_names(fingerprint)
+            cache = cls(tensors["keys"], tensors["values"], counts, fingerprint)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: its metadata does not describe its tensors ({error})") from error
+        check_cache(cache, what=str(path))
+        return cache.to(device)
 
 
-def check_fingerprint(
-    made_by: dict[str, str], expected: dict[str, str], owner: str, what: str = "this VoCoCache"
+def check_cache(
+    cache: VoCoCache,
+    config: Any = None,
+    fingerprint: Mapping[str, str] | None = None,
+    owner: str = "this one",
+    what: str = "this VoCoCache",
 ) -> None:
     """
-    Compares what two caches, or a cache and a model, were made by.
+    Decides what a sound cache is: everywhere one is read, and before one is used.
+
+    Args:
+        cache ([`VoCoCache`]):
+            What to look at.
+        config ([`VoCoLlamaConfig`], *optional*):
+            Configuration of the model that it is to be used with.
+        fingerprint (`dict[str, str]`, *optional*):
+            `model.fingerprint(exact=False)` of that model, [`with_images`] where it is known how those are made.
+        owner (`str`, *optional*):
+            What messages call the model.
+        what (`str`, *optional*):
+            What messages call the cache.
 
     Raises:
-        ValueError: if they differ; the message says where.
+        ValueError: if it holds no image, numbers that are not finite or of a strange type, is of other shapes than the
+            keys and values of the model, or was made by another.
     """
-    names = [name for name in expected | made_by if made_by.get(name) != expected.get(name)]
-    if names:
-        differences = ", ".join(f"{name} is {made_by.get(name)}, not {expected.get(name)}" for name in names)
-        raise ValueError(f"{what} was made by another model than {owner}: {differences}")
+    if len(cache) == 0:
+        raise ValueError(f"{what} holds no image")
+    check_counts(cache.token_counts)
+    check_names(cache.fingerprint)
+    if fingerprint is not None:
+        check_fingerprint(cache.fingerprint, fingerprint, owner, what)
+    if cache.dtype not in FLOATS:
+        raise ValueError(f"{what} is damaged: keys of {tuple(cache.keys.shape)} {cache.dtype}, which are no floats")
+    if config is not None:
+        shape = key_value_shape(config.text_config)
+        found = tuple(cache.keys.shape[1:])
+        if found != shape or cache.values.shape != cache.keys.shape or sum(cache.token_counts) != len(cache.keys):
+            raise ValueError(
+                f"{what} is damaged: keys of {found} {cache.dtype}, not (layers, key_value_heads, head_dim) {shape}"
+            )
+    if not cache.is_finite():
+        raise ValueError(f"{what} is damaged: it holds numbers that are not finite")
 
 
-def apply_umask(path: str | os.PathLike) -> None:
-    """Gives a file that was written for its owner alone the permissions of any new file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+def check_counts(token_counts: Any) -> None:
+    """
+    Raises:
+        ValueError: if these are not numbers of VoCo tokens, one an image.
+    """
+    if not isinstance(token_counts, (list, tuple)) or any(type(count) is not int for count in token_counts):
+        raise ValueError(f"token_counts must be a list of int, got {shorten(token_counts)}")
+    if any(not 1 <= count <= MAX_VOCO_TOKENS for count in token_counts):
+        wrong = next(count for count in token_counts if not 1 <= count <= MAX_VOCO_TOKENS)
+        raise ValueError(f"an image has 1 to {MAX_VOCO_TOKENS} VoCo tokens, got {shorten(wrong)}")
 
 
-def digest(*tensors: torch.Tensor) -> str:
-    """SHA-256 over the bytes of tensors."""
-    sha256 = hashlib.sha256()
+def check_names(fingerprint: Any) -> None:
+    """
+    Raises:
+        ValueError: if this is not a fingerprint.
+    """
+    is_flat = isinstance(fingerprint, dict) and all(
+        isinstance(text, str) for pair in fingerprint.items() for text in pair
+    )
+    if not is_flat or sum(len(text) for pair in fingerprint.items() for text in pair) > MAX_FINGERPRINT:
+        raise ValueError("its fingerprint must be a dict of str, of at most 65,536 characters")
+
+
+def check_metadata(metadata: dict[str, str], names: list[str], path: Path) -> dict[str, str]:
+    """
+    Raises:
+        ValueError: if a file was not written by [`VoCoCache.save`].
+    """
+    if metadata.get("format") != FILE_FORMAT or set(names) != {"keys", "values"}:
+        raise ValueError(f"{path} is a safetensors file, but not one that VoCoCache.save wrote")
+    if metadata.get("version") not in (FILE_VERSION, FIRST_FILE_VERSION):
+        raise ValueError(
+            f"{path} has VoCoCache version {str(metadata.get('version'))[:20]}, this package reads "
+            f"{FIRST_FILE_VERSION} and {FILE_VERSION}"
+        )
+    for name in ("num_voco_tokens", "fingerprint", "sha256"):
+        if name not in metadata:
+            raise ValueError(f"{path} is damaged: its metadata has no {name}")
+    return metadata
+
+
+def check_tensors(tensors: dict[str, Any], metadata: dict[str, str], path: Path) -> None:
+    """
+    Looks at the shapes before anything is read.
+
+    Raises:
+        ValueError: if these are not keys and values, or the metadata is longer than can be of them.
+    """
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    dtypes = {tensor.get_dtype() for tensor in tensors.values()}
+    is_sound = shapes["keys"] == shapes["values"] and len(shapes["keys"]) == 4 and 0 not in shapes["keys"]
+    if not is_sound or len(dtypes) > 1 or not dtypes <= set(FILE_DTYPES):
+        described = " and ".join(f"{name} of {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{path} is damaged: {described} {', '.join(sorted(dtypes))}")
+    # A list of one number a token, each of few digits, is the longest there is
+    too_long = len(metadata["num_voco_tokens"]) > 16 * shapes["keys"][0] + 16
+    if too_long or len(metadata["fingerprint"]) > 2 * MAX_FINGERPRINT:
+        raise ValueError(f"{path} is damaged: its metadata does not describe its tensors (it is too long)")
+
+
+def shorten(value: Any) -> str:
+    """As it is shown in a message."""
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"[{', '.join(map(shorten, value[:8]))}, ...]"
+    text = repr(value) if isinstance(value, (str, int, float, bool, type(None), list)) else type(value).__name__
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def digest(*tensors: torch.Tensor, about: str = "") -> str:
+    """SHA-256 over the bytes of tensors, behind a text."""
+    sha256 = hashlib.sha256(about.encode())
     for tensor in tensors:
         sha256.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
-__all__ = ["VoCoCache"]
+def digest_file(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 over all that a file says: counts, fingerprint, dtype, shape, keys and values."""
+    keys, values = tensors["keys"], tensors["values"]
+    said = [metadata["num_voco_tokens"], metadata["fingerprint"], str(keys.dtype), list(keys.shape)]
+    return digest(keys, values, about=json.dumps(said))
+
+
+__all__ = ["VoCoCache", "check_cache"]

@@ -4,13 +4,18 @@ from .compat_voco_llama import VERSION  # noqa: F401
 
 
 # isort: split
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
 
 from .pipeline_voco_llama import register_pipeline
+
+
+if TYPE_CHECKING:
+    # A transformers that is too old to load this copies only what is named here, and says which version is needed
+    from .images_voco_llama import load_images  # noqa: F401
 
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")

@@ -38,10 +38,12 @@ class CompressedImages:
     columns: np.ndarray
     batch_size: int
 
+    @torch.compiler.disable
     def stand_in(self, start: int, length: int) -> bool:
         """Whether any token stands in `length` columns from `start` on."""
         return bool(((self.columns >= start) & (self.columns < start + length)).any())
 
+    @torch.compiler.disable
     def window(self, start: int, length: int, batch_size: int) -> "CompressedImages":
         """
         The tokens that stand in `length` columns from `start` on, their columns counted from there, for a batch in
@@ -70,19 +72,40 @@ class CompressedImages:
 
 
 class CompressionCache(Cache):
-    """Keeps the keys and values of the last `num_kept` tokens of one pass, and nothing of the image."""
+    """
+    Keeps the keys and values of the last `num_kept` tokens of one pass, and nothing of the image.
 
-    def __init__(self, num_layers: int, num_kept: int):
+    Args:
+        num_layers (`int`):
+            Layers of the text model.
+        num_kept (`int`):
+            Tokens whose keys and values are kept.
+        by_layer (`bool`, *optional*, defaults to `False`):
+            Whether layers are compiled one by one. Each would be compiled again for its number, so that they are
+            counted instead, outside of what is compiled.
+    """
+
+    def __init__(self, num_layers: int, num_kept: int, by_layer: bool = False):
         super().__init__(layers=[])
         self.num_kept = num_kept
+        self.by_layer = by_layer
+        self.num_layers_run = 0
         # Places made at once: a list that grows would have compiled layers compiled again for each
         self.keys: list[torch.Tensor] = [torch.empty(0)] * num_layers
         self.values: list[torch.Tensor] = [torch.empty(0)] * num_layers
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        self.keys[layer_idx] = key_states[:, :, -self.num_kept :].clone()
-        self.values[layer_idx] = value_states[:, :, -self.num_kept :].clone()
+        keys, values = (states[:, :, -self.num_kept :].clone() for states in (key_states, value_states))
+        if self.by_layer:
+            self._keep_next(keys, values)
+        else:
+            self.keys[layer_idx], self.values[layer_idx] = keys, values
         return key_states, value_states
+
+    @torch.compiler.disable
+    def _keep_next(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys[self.num_layers_run], self.values[self.num_layers_run] = keys, values
+        self.num_layers_run += 1
 
 
 class InjectionCache(Cache):
@@ -100,6 +123,8 @@ class InjectionCache(Cache):
             Keys and values `(num_tokens, layers, key_value_heads, head_dim)` that replace those of single tokens.
         rows, columns (`torch.LongTensor` of shape `(num_tokens,)`):
             Where these tokens stand in the pass.
+        by_layer (`bool`, *optional*, defaults to `False`):
+            See [`CompressionCache`].
     """
 
     def __init__(
@@ -109,16 +134,28 @@ class InjectionCache(Cache):
         among: tuple[torch.Tensor, torch.Tensor],
         rows: torch.Tensor,
         columns: torch.Tensor,
+        by_layer: bool = False,
     ):
         super().__init__(layers=cache.layers)
+        self.by_layer, self.num_layers_run = by_layer, 0
         self.cache = cache
         self.num_front = 0 if front is None else front[0].shape[1]
         # Views by layer are made at once: in a short pass every call from Python counts
-        self.front = [] if front is None else [by_layer(states) for states in front]
+        self.front = [] if front is None else [views_by_layer(states) for states in front]
         self.among = [states.unbind(1) for states in among]
         self.rows, self.columns = rows, columns
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if self.by_layer:
+            return self._update_next(key_states, value_states)
+        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _update_next(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        self.num_layers_run += 1
+        return self._update(key_states, value_states, self.num_layers_run - 1)
+
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         states = [key_states, value_states]
         if self.num_front > 0:
             states = [
@@ -134,7 +171,7 @@ class InjectionCache(Cache):
         return self.cache.update(states[0], states[1], layer_idx, *args, **kwargs)
 
 
-def by_layer(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def views_by_layer(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     Keys or values `(batch_size, num_columns, layers, key_value_heads, head_dim)` as one view a layer, as caches have
     them: `(batch_size, key_value_heads, num_columns, head_dim)`.
@@ -142,4 +179,4 @@ def by_layer(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return states.permute(2, 0, 3, 1, 4).unbind()
 
 
-__all__ = ["CompressedImages", "CompressionCache", "InjectionCache", "by_layer"]
+__all__ = ["CompressedImages", "CompressionCache", "InjectionCache", "views_by_layer"]

@@ -226,4 +226,36 @@ class ExpandedLayout:
         return positions
 
 
-__all__ = ["ExpandedLayout", "VoCoRuns", "find_starts", "per_image_counts", "resolve_num_voco_tokens"]
+@torch.compiler.disable
+def lay_out(
+    voco_mask: torch.Tensor,
+    num_voco_tokens: int | list[int] | torch.Tensor | None,
+    num_images: int,
+    attention_mask: torch.Tensor,
+    num_prefix: int,
+    num_vision: int,
+    num_suffix: int,
+    mode: str,
+) -> tuple[VoCoRuns, ExpandedLayout]:
+    """
+    Where images stand in the short and in the long sequence. All that depends on the content of a batch is found out
+    here, so that a compiled pass is interrupted once.
+
+    Args:
+        voco_mask, attention_mask (`torch.Tensor` of shape `(batch_size, short_length)`):
+            True at `<voco>` tokens, and at tokens that are no padding.
+        num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+            VoCo tokens of every image, or of each.
+        num_images, num_prefix, num_vision, num_suffix (`int`):
+            Images of the batch, and tokens that each brings along.
+        mode (`str`):
+            `"voco"`, `"causal"` or `"uncompressed"`.
+
+    Raises:
+        ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit.
+    """
+    runs = VoCoRuns.find(voco_mask, resolve_num_voco_tokens(num_voco_tokens, num_images, int(voco_mask.sum())))
+    return runs, ExpandedLayout.build(runs, attention_mask, num_prefix, num_vision, num_suffix, mode)
+
+
+__all__ = ["ExpandedLayout", "VoCoRuns", "find_starts", "lay_out", "per_image_counts", "resolve_num_voco_tokens"]

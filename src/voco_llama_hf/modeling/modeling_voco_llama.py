@@ -9,35 +9,30 @@ from .compat_voco_llama import CACHE, SELECTS_HIDDEN_STATES
 
 
 # isort: split
-import hashlib
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Cache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_voco_llama import MASKABLE_ATTENTION, takes_masks
-from .cache_voco_llama import VoCoCache, check_fingerprint
-from .configuration_voco_llama import VoCoLlamaConfig, check_text_config, key_value_shape
+from .cache_voco_llama import VoCoCache
+from .compression_voco_llama import VoCoLlamaCompressionMixin
+from .configuration_voco_llama import VoCoLlamaConfig, check_text_config
+from .fingerprint_voco_llama import Fingerprint, FingerprintMemo
 from .generation_voco_llama import VoCoLlamaGenerationMixin, num_seen_tokens
-from .injection_voco_llama import CompressedImages, CompressionCache
-from .layout_voco_llama import VoCoRuns, find_starts, per_image_counts, resolve_num_voco_tokens
+from .injection_voco_llama import CompressedImages
 from .outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast, VoCoLlamaModelOutputWithPast
-from .rotation_voco_llama import check_rotation, rotate_keys
 from .runtime_voco_llama import execution_device
 from .single_pass_voco_llama import run_single_pass
-from .two_stages_voco_llama import compress_images, compress_segments, run_second_stage
+from .two_stages_voco_llama import run_second_stage
 
 
 ATTENTION_MODES = ("voco", "causal", "uncompressed")
-COMPRESSION_BATCH_SIZE = 16
 # Arguments of LLaVA that have no meaning here, and must not vanish among those of the text model
 UNSUPPORTED = {
     "image_sizes": "it is for vision towers that take images of any size",
@@ -61,7 +56,7 @@ class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
 
-class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
+class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaModel):
     """
     The VoCo-LLaMA model without a language modeling head. Submodules and parameter names are those of
     [`~transformers.LlavaModel`].
@@ -74,7 +69,7 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         text_config: Any = config.text_config
         check_text_config(text_config)
         super().__init__(config)
-        self._fingerprint: tuple[tuple, dict[str, str]] | None = None
+        self._fingerprint = FingerprintMemo()
         self._rotation_is_checked = False
 
     def get_vision_features(
@@ -115,170 +110,6 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
         ids = torch.tensor([token_ids], dtype=torch.long, device=execution_device(embedding))
         # As a batch of one sequence, which is what hooks and adapters of embeddings expect
         return embedding(ids)[0]
-
-    def run_segments(self, pixel_values: torch.Tensor, num_voco_tokens: int) -> tuple[CompressionCache, torch.Tensor]:
-        """
-        One causal pass over a batch of segments: keys at positions 0..k-1, values and last hidden states
-        `(num_images, num_voco_tokens, hidden_size)` of the VoCo tokens.
-        """
-        return compress_segments(self, self.get_vision_features(pixel_values), num_voco_tokens)
-
-    @torch.no_grad()
-    def compress(
-        self,
-        pixel_values: torch.Tensor | Iterable[torch.Tensor],
-        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
-        batch_size: int = COMPRESSION_BATCH_SIZE,
-        show_progress: bool = True,
-    ) -> VoCoCache:
-        """
-        Compresses images for later questions.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, or an `Iterable` of such tensors):
-                Preprocessed images. An iterable is read as it is compressed: of a long video nothing but the VoCo
-                tokens is ever held, see [`VoCoLlamaProcessor.iter_pixel_values`].
-            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
-                VoCo tokens of every image, or of each (not for an iterable); `config.num_voco_tokens` by default.
-            batch_size (`int`, *optional*, defaults to 16):
-                Images that are compressed at a time, which bounds the memory.
-            show_progress (`bool`, *optional*, defaults to `True`):
-                Whether to show a progress bar when there is more than one batch.
-
-        Returns:
-            [`VoCoCache`]: one entry an image.
-
-        Raises:
-            ValueError: if there is no image, or `num_voco_tokens` does not fit the images.
-        """
-        if not isinstance(pixel_values, torch.Tensor):
-            return self._compress_stream(pixel_values, num_voco_tokens, batch_size, show_progress)
-        if len(pixel_values) == 0:
-            raise ValueError("compress needs at least one image")
-        self._check_rotation()
-        wanted = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
-        counts = per_image_counts(wanted, len(pixel_values))
-        keys, values, _ = compress_images(self, pixel_values, counts, batch_size, show_progress)
-        # Under autocast rotated keys come in float32
-        return VoCoCache(keys.to(values.dtype), values, counts, self.fingerprint())
-
-    def _compress_stream(
-        self,
-        batches: Iterable[torch.Tensor],
-        num_voco_tokens: int | list[int] | torch.Tensor | None,
-        batch_size: int,
-        show_progress: bool,
-    ) -> VoCoCache:
-        if num_voco_tokens is not None and not isinstance(num_voco_tokens, int):
-            raise ValueError("num_voco_tokens must be one number for all images of an iterable")
-        stream: VoCoCache | None = None
-        for batch in logging.tqdm(batches, desc="Compressing batches", disable=not show_progress):
-            compressed = self.compress(batch, num_voco_tokens, batch_size, show_progress=False)
-            # In one growing buffer: many small tensors, kept between large ones, would fragment the memory
-            if stream is None:
-                stream = compressed
-            else:
-                stream.append(compressed)
-        if stream is None:
-            raise ValueError("compress needs at least one image")
-        return VoCoCache.cat([stream])
-
-    def get_compressed_images(
-        self,
-        pixel_values: torch.Tensor | None,
-        voco_cache: VoCoCache | None,
-        num_voco_tokens: int | list[int] | torch.Tensor | None,
-        voco_mask: np.ndarray,
-        start: int = 0,
-        **vision_options,
-    ) -> CompressedImages:
-        """
-        Images of a batch compressed and put in their places.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
-                Images to compress.
-            voco_cache ([`VoCoCache`], *optional*):
-                Images that are compressed already, instead of `pixel_values`.
-            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
-                VoCo tokens of every image, or of each. By default the `<voco>` tokens are divided evenly.
-            voco_mask (`np.ndarray` of shape `(batch_size, num_columns)`):
-                True at the `<voco>` tokens of these images, and nowhere else.
-            start (`int`, *optional*, defaults to 0):
-                Column of the whole sequence at which the mask begins.
-
-        Raises:
-            ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, or another model has made
-                `voco_cache`.
-        """
-        given: Any = pixel_values if voco_cache is None else voco_cache
-        if voco_cache is not None and num_voco_tokens is None:
-            num_voco_tokens = voco_cache.token_counts
-        counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
-        find_starts(voco_mask, counts)
-        self._check_rotation()
-        if voco_cache is not None:
-            voco_cache.resolve(counts)
-            check_fingerprint(voco_cache.fingerprint, self.fingerprint(), "this one")
-            self._check_shape(voco_cache)
-            keys, values, hidden_states = voco_cache.keys, voco_cache.values, None
-        else:
-            # With a gradient all of them stay in memory, however many are compressed at a time
-            batch_size = len(given) if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
-            keys, values, hidden_states = compress_images(self, given, counts, batch_size, **vision_options)
-        offsets = np.concatenate([np.arange(count) for count in counts])
-        rows, columns = voco_mask.nonzero()
-        return CompressedImages(keys, values, hidden_states, offsets, rows, columns + start, len(voco_mask))
-
-    def _check_shape(self, voco_cache: VoCoCache) -> None:
-        expected = key_value_shape(self.config.text_config)
-        if tuple(voco_cache.keys.shape[1:]) != expected:
-            raise ValueError(
-                "compressed images of this model have (layers, key-value heads, head_dim) = "
-                f"{expected}, got {tuple(voco_cache.keys.shape[1:])}: they come from another model"
-            )
-
-    def rotate_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """
-        Moves keys by `positions` under the rotary embedding of the text model. Exact for every static RoPE.
-
-        Args:
-            keys (`torch.Tensor` of shape `(tokens, ..., head_dim)`): Keys after their own rotation.
-            positions (`torch.LongTensor` of shape `(tokens,)`): How far to move each token, may be negative.
-
-        Returns:
-            `torch.Tensor` of the shape and dtype of `keys`; it is computed in float32.
-        """
-        return rotate_keys(keys, positions, self.language_model.rotary_emb)
-
-    def _check_rotation(self) -> None:
-        # Once: the text model stays what it is
-        if self._rotation_is_checked or self.training or torch.compiler.is_compiling():
-            return
-        if execution_device(self.language_model).type != "meta":
-            check_rotation(self)
-            self._rotation_is_checked = True
-
-    def fingerprint(self) -> dict[str, str]:
-        """
-        What compressed images depend on: the configuration of segments and keys, and a hash over a sample of every
-        weight tensor, rounded to bfloat16 so that it is the same in every precision. Recomputed when weights change.
-        """
-        state = weights_state(self)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = state, {"weights": hash_weights(dict(self.named_parameters()))}
-        config = self.config
-        layers, heads, head_dim = key_value_shape(config.text_config)
-        return {
-            "text_model": config.text_config.model_type,
-            "layers": str(layers),
-            "key_value_heads": str(heads),
-            "head_dim": str(head_dim),
-            "voco_token_id": str(config.voco_token_id),
-            "vision_prefix_token_ids": str(config.vision_prefix_token_ids),
-            "vision_suffix_token_ids": str(config.vision_suffix_token_ids),
-            **self._fingerprint[1],
-        }
 
     def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """`(batch_size, sequence_length)` mask of the `<voco>` tokens of a sequence given as ids or as embeddings."""
@@ -369,9 +200,10 @@ class VoCoLlamaModel(VoCoLlamaPreTrainedModel, LlavaModel):
 
         if pixel_values is not None and not two_stages:
             voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
-            counts = resolve_num_voco_tokens(num_voco_tokens, len(pixel_values), int(voco_mask.sum()))
-            runs, vision = VoCoRuns.find(voco_mask, counts), self.get_vision_features(pixel_values, **vision_options)
-            return run_single_pass(self, inputs_embeds, vision, runs, mode, text_groups, **language_inputs)
+            vision = self.get_vision_features(pixel_values, **vision_options)
+            return run_single_pass(
+                self, inputs_embeds, vision, voco_mask, num_voco_tokens, mode, text_groups, **language_inputs
+            )
 
         (batch_size, length), start = inputs_embeds.shape[:2], num_seen_tokens(cache) if images_given else 0
         if pixel_values is not None or voco_cache is not None:
@@ -466,9 +298,9 @@ class VoCoLlamaForConditionalGeneration(
         """See [`VoCoLlamaModel.compress`]."""
         return self.model.compress(*args, **kwargs)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, exact: bool = True) -> Fingerprint:
         """See [`VoCoLlamaModel.fingerprint`]."""
-        return self.model.fingerprint()
+        return self.model.fingerprint(exact)
 
     @can_return_tuple
     def forward(
@@ -550,39 +382,6 @@ def refuse_unsupported(arguments: dict[str, Any]) -> None:
     for name, reason in UNSUPPORTED.items():
         if arguments.pop(name, None) is not None:
             raise ValueError(f"VoCo-LLaMA does not take {name}: {reason}")
-
-
-def weights_state(model: torch.nn.Module) -> tuple[list[int], list[int]]:
-    """
-    Addresses and versions of all parameters, which tell whether weights have changed. Every question about a
-    compressed image asks for them, and `named_parameters` would take longer than anything else around the passes.
-    """
-    modules: list[torch.nn.Module] = [model]
-    parameters: list[torch.nn.Parameter] = []
-    for module in modules:  # which grows meanwhile
-        if module._modules:
-            modules += [child for child in module._modules.values() if child is not None]
-        if module._parameters:
-            parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
-    try:
-        versions = [parameter._version for parameter in parameters]
-    except RuntimeError:  # tensors of inference mode have none
-        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
-    return [parameter.data_ptr() for parameter in parameters], versions
-
-
-def hash_weights(weights: dict[str, torch.nn.Parameter], num_samples: int = 256) -> str:
-    """SHA-256 over names, shapes and evenly spaced values of every weight tensor."""
-    sha256 = hashlib.sha256()
-    samples = []
-    for name, weight in weights.items():
-        sha256.update(f"{name}{tuple(weight.shape)}".encode())
-        if weight.device.type != "meta":
-            flat = weight.detach().reshape(-1)
-            samples.append(flat[:: max(1, flat.numel() // num_samples)][:num_samples].to(torch.bfloat16).cpu())
-    if samples:
-        sha256.update(torch.cat(samples).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
 
 
 VoCoLlamaModel.register_for_auto_class("AutoModel")

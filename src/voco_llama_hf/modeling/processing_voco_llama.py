@@ -6,29 +6,31 @@ from .compat_voco_llama import VERSION  # noqa: F401
 # isort: split
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, TextKwargs
+from transformers.processing_utils import MultiModalData
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils import logging
 from transformers.video_utils import VideoInput
 
-from .cache_voco_llama import VoCoCache
+from .cache_voco_llama import MAX_VOCO_TOKENS, VoCoCache
 from .images_voco_llama import load_images, warn_if_scaled
 from .layout_voco_llama import per_image_counts
+from .options_voco_llama import ProcessorOptions, VoCoLlamaProcessorKwargs
 from .video_voco_llama import load_videos
 
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    # A transformers that is too old to load this copies only what is named here, and says which version is needed
+    from .configuration_voco_llama import VoCoLlamaConfig  # noqa: F401
+    from .files_voco_llama import written_aside  # noqa: F401
+    from .fingerprint_voco_llama import Fingerprint  # noqa: F401
+    from .pipeline_voco_llama import register_pipeline  # noqa: F401
+    from .weights_voco_llama import EffectiveWeights  # noqa: F401
 
-MAX_VOCO_TOKENS = 576
-SAMPLING = ("num_frames", "fps", "do_sample_frames")
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping")
 # transformers marks so what a user wrote, with apply_chat_template(sanitize_control_tokens=True)
 UNMARKED = "(?<!\U000f0000)"
@@ -41,33 +43,6 @@ def check_num_voco_tokens(counts: list[int]) -> None:
     """
     if any(count > MAX_VOCO_TOKENS for count in counts):
         raise ValueError(f"num_voco_tokens must be at most {MAX_VOCO_TOKENS}, got {max(counts)}")
-
-
-class VoCoLlamaImagesKwargs(ImagesKwargs, total=False):
-    """
-    num_voco_tokens (`int` or `list[int]`, *optional*):
-        VoCo tokens of every image, or of each.
-    """
-
-    num_voco_tokens: int | list[int] | None
-
-
-class VoCoLlamaProcessorKwargs(ProcessingKwargs, TextKwargs, VoCoLlamaImagesKwargs, total=False):  # type: ignore[misc]
-    """
-    num_frames (`int` or `list[int]`, *optional*), fps (`float`, *optional*), do_sample_frames (`bool`, *optional*):
-        Which frames of videos are taken.
-    return_num_voco_tokens (`bool`, *optional*):
-        Whether the output says how many VoCo tokens each image has; by default what the processor's attribute of this
-        name says.
-    """
-
-    images_kwargs: VoCoLlamaImagesKwargs  # type: ignore[misc]
-    num_frames: int | list[int] | None
-    fps: float | None
-    do_sample_frames: bool | None
-    return_num_voco_tokens: bool | None
-
-    _defaults = {}  # type: ignore[misc]  # noqa: RUF012  # transformers before 5.23 reads it
 
 
 class VoCoLlamaProcessor(ProcessorMixin):
@@ -178,7 +153,7 @@ class VoCoLlamaProcessor(ProcessorMixin):
                 video cannot be read, or `num_voco_tokens` does not fit.
         """
         texts = self._check_text(text)
-        options = _Options.sort(kwargs, self)
+        options = ProcessorOptions.sort(kwargs, self)
         if texts is None and images is None and videos is None:
             raise ValueError("pass text, images or videos: there is nothing to process")
         placeholders = self._find_placeholders(texts)
@@ -309,7 +284,7 @@ class VoCoLlamaProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token
         return len(bos) if bos and row and row[0].start() == len(bos) and sample.startswith(bos) else 0
 
-    def _tokenize(self, texts: list[str], options: "_Options") -> dict[str, Any]:
+    def _tokenize(self, texts: list[str], options: "ProcessorOptions") -> dict[str, Any]:
         """Tokens as lists: padded behind the BOS tokens that were taken off the rows that start with an image."""
         unpadded = {**options.text, "padding": False, "return_tensors": None}
         outputs = dict(self.tokenizer(texts, **unpadded))
@@ -437,65 +412,6 @@ def _is_of_template(error: Exception) -> bool:
         inside = frame.tb_frame.f_code.co_filename == "<template>"
         frame = frame.tb_next
     return inside or type(error).__module__.partition(".")[0] == "jinja2"
-
-
-@dataclass
-class _Options:
-    """The keyword arguments of a call, by who takes them."""
-
-    text: dict[str, Any]
-    images: dict[str, Any]
-    sampling: dict[str, Any]
-    num_voco_tokens: int | list[int] | None
-    return_num_voco_tokens: bool | None
-    return_text_replacement_offsets: bool
-    return_mm_token_type_ids: bool
-    return_tensors: str | None
-
-    @classmethod
-    def sort(cls, kwargs: Any, processor: VoCoLlamaProcessor) -> "_Options":
-        """
-        As transformers sorts them: flat, as `text_kwargs`, `images_kwargs` and `videos_kwargs`, or as `common_kwargs`;
-        what nobody takes is warned of.
-
-        Raises:
-            ValueError: if one is given twice, or there is audio.
-        """
-        flat = dict(kwargs)
-        if flat.pop("audio", None) is not None:
-            raise ValueError("there is no audio in this model: pass text, images and videos")
-        tokenizer, image_processor = processor.tokenizer, processor.image_processor
-        names = {
-            "text": set(TextKwargs.__annotations__),
-            "images": {*VoCoLlamaImagesKwargs.__annotations__, *image_processor.valid_kwargs.__annotations__},
-            "videos": set(SAMPLING),
-        }
-        parts = {part: dict(flat.pop(f"{part}_kwargs", None) or {}) for part in (*names, "audio")}
-        common = flat.pop("common_kwargs", None) or {}
-        return_num_voco_tokens = flat.pop("return_num_voco_tokens", None)
-        for part, known in names.items():
-            if twice := parts[part].keys() & flat.keys() & known:
-                raise ValueError(f"{', '.join(sorted(twice))} is passed twice: by itself and in {part}_kwargs")
-            given = {name: value for name, value in flat.items() if name in known}
-            parts[part] = {**common, **given, **parts[part]} if part != "videos" else {**given, **parts[part]}
-        for name in flat.keys() - set.union(*names.values()):
-            logger.warning_once(f"`{name}` is no keyword argument of {type(processor).__name__}, and is ignored.")
-        stored = {name: value for name, value in tokenizer.init_kwargs.items() if name in names["text"]}
-        text = {**{name: getattr(tokenizer, name, value) for name, value in stored.items()}, **parts["text"]}
-        images = parts["images"]
-        validate_typed_dict(TextKwargs, text)  # type: ignore[type-var]
-        counts = images.pop("num_voco_tokens", None)
-        validate_typed_dict(VoCoLlamaImagesKwargs, {"num_voco_tokens": counts})  # type: ignore[type-var]
-        return cls(
-            return_text_replacement_offsets=bool(text.pop("return_text_replacement_offsets", False)),
-            return_mm_token_type_ids=bool(text.pop("return_mm_token_type_ids", False)),
-            return_tensors=text.pop("return_tensors", None) or images.get("return_tensors"),
-            text=text,
-            images=images,
-            sampling={name: value for name, value in parts["videos"].items() if name in SAMPLING},
-            num_voco_tokens=counts,
-            return_num_voco_tokens=return_num_voco_tokens,
-        )
 
 
 VoCoLlamaProcessor.register_for_auto_class()

@@ -11,7 +11,7 @@ from .runtime_voco_llama import execution_device
 
 
 if TYPE_CHECKING:
-    from .modeling_voco_llama import VoCoLlamaModel
+    from .compression_voco_llama import VoCoLlamaCompressionMixin
 
 
 ROTATION_BLOCK_SIZE = 256  # tokens whose keys are rotated at a time, in float32
@@ -54,7 +54,7 @@ def _rotate_block(keys: torch.Tensor, positions: torch.Tensor, rotary_emb: torch
 
 
 @torch.no_grad()
-def check_rotation(model: "VoCoLlamaModel") -> None:
+def check_rotation(model: "VoCoLlamaCompressionMixin") -> None:
     """
     Moves a key and compares: a lone token reads nothing but itself, so its position shows in keys only.
 
@@ -74,7 +74,9 @@ def check_rotation(model: "VoCoLlamaModel") -> None:
             )
 
 
-def _is_moved(here: torch.Tensor, there: torch.Tensor, distance: torch.Tensor, model: "VoCoLlamaModel") -> bool:
+def _is_moved(
+    here: torch.Tensor, there: torch.Tensor, distance: torch.Tensor, model: "VoCoLlamaCompressionMixin"
+) -> bool:
     try:
         moved = model.rotate_keys(here, distance)
     except RuntimeError:  # a rotation of a part of each key has other shapes

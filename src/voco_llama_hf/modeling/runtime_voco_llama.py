@@ -25,6 +25,24 @@ def hooked_device(module: torch.nn.Module, default: torch.device | None) -> torc
     return torch.device(known[0]) if known else default
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether this very module was compiled, by `module.compile()` or by `torch.compile(module)`."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+@contextmanager
+def layers_alike(by_layer: bool) -> Iterator[None]:
+    """
+    Meanwhile layers that are compiled one by one are one function: torch would compile each again for its number, up
+    to a limit of 8, and tells in its messages how not to.
+    """
+    if not by_layer:
+        yield
+        return
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        yield
+
+
 @contextmanager
 def without_checkpointing(module: torch.nn.Module) -> Iterator[None]:
     """
@@ -41,4 +59,4 @@ def without_checkpointing(module: torch.nn.Module) -> Iterator[None]:
             setattr(part, "gradient_checkpointing", True)  # noqa: B010
 
 
-__all__ = ["execution_device", "hooked_device", "without_checkpointing"]
+__all__ = ["execution_device", "hooked_device", "is_compiled", "layers_alike", "without_checkpointing"]

@@ -9,7 +9,7 @@ import torch
 from transformers.masking_utils import and_masks
 
 from .attention_voco_llama import create_ruled_mask, group_positions, text_group_function, voco_mask_function
-from .layout_voco_llama import ExpandedLayout, VoCoRuns
+from .layout_voco_llama import ExpandedLayout, VoCoRuns, lay_out
 from .outputs_voco_llama import VoCoLlamaModelOutputWithPast
 
 
@@ -21,7 +21,8 @@ def run_single_pass(
     model: "VoCoLlamaModel",
     inputs_embeds: torch.Tensor,
     vision: torch.Tensor,
-    runs: VoCoRuns,
+    voco_mask: torch.Tensor,
+    num_voco_tokens: int | list[int] | torch.Tensor | None,
     mode: str,
     text_groups: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
@@ -34,8 +35,10 @@ def run_single_pass(
             The short sequence.
         vision (`torch.Tensor` of shape `(num_images, V, hidden_size)`):
             Vision tokens of all images.
-        runs ([`VoCoRuns`]):
-            Where the images stand.
+        voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+            True at `<voco>` tokens.
+        num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+            VoCo tokens of every image, or of each.
         mode (`str`):
             `"voco"`, `"causal"` or `"uncompressed"`.
         text_groups, attention_mask, position_ids:
@@ -49,7 +52,10 @@ def run_single_pass(
     suffix = model.embed_ids(model.config.vision_suffix_token_ids).to(inputs_embeds)
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, short_length, dtype=torch.bool, device=inputs_embeds.device)
-    layout = ExpandedLayout.build(runs, attention_mask, len(prefix), vision.shape[1], len(suffix), mode)
+    num_images, num_vision = vision.shape[:2]
+    runs, layout = lay_out(
+        voco_mask, num_voco_tokens, num_images, attention_mask, len(prefix), num_vision, len(suffix), mode
+    )
 
     by_token = layout.short[..., None].expand(-1, -1, hidden_size)
     embeds = inputs_embeds.new_zeros(batch_size, layout.length, hidden_size).scatter(1, by_token, inputs_embeds)

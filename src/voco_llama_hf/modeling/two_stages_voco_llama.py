@@ -12,20 +12,20 @@ from transformers.utils import logging
 
 from .attention_voco_llama import create_ruled_mask, group_positions, text_group_function
 from .compat_voco_llama import CACHE
-from .injection_voco_llama import CompressedImages, CompressionCache, InjectionCache, by_layer
+from .injection_voco_llama import CompressedImages, CompressionCache, InjectionCache, views_by_layer
 from .outputs_voco_llama import VoCoLlamaModelOutputWithPast
-from .runtime_voco_llama import hooked_device, without_checkpointing
+from .runtime_voco_llama import hooked_device, is_compiled, layers_alike, without_checkpointing
 
 
 if TYPE_CHECKING:
-    from .modeling_voco_llama import VoCoLlamaModel
+    from .compression_voco_llama import VoCoLlamaCompressionMixin
 
 # Behind columns that are left out attention needs a mask, which costs about as much as an eighth more columns
 MIN_FRONT_SHARE = 1 / 8
 
 
 def compress_segments(
-    model: "VoCoLlamaModel", vision: torch.Tensor, num_voco_tokens: int
+    model: "VoCoLlamaCompressionMixin", vision: torch.Tensor, num_voco_tokens: int
 ) -> tuple[CompressionCache, torch.Tensor]:
     """
     One causal pass over a batch of segments.
@@ -44,8 +44,9 @@ def compress_segments(
     )
     segments = torch.cat([prefix, vision.to(prefix), suffix, voco.expand(-1, num_voco_tokens, -1)], dim=1)
     positions = torch.arange(num_voco_tokens - segments.shape[1], num_voco_tokens, device=segments.device)
-    kept = CompressionCache(config.text_config.num_hidden_layers, num_voco_tokens)
-    with without_checkpointing(model.language_model):
+    by_layer = is_compiled(model.language_model.layers[0])
+    kept = CompressionCache(config.text_config.num_hidden_layers, num_voco_tokens, by_layer)
+    with without_checkpointing(model.language_model), layers_alike(by_layer):
         hidden_states = model.language_model(
             inputs_embeds=segments, position_ids=positions[None], use_cache=True, **{CACHE: kept}
         ).last_hidden_state[:, -num_voco_tokens:]
@@ -53,7 +54,7 @@ def compress_segments(
 
 
 def compress_images(
-    model: "VoCoLlamaModel",
+    model: "VoCoLlamaCompressionMixin",
     pixel_values: torch.Tensor,
     counts: list[int],
     batch_size: int,
@@ -75,7 +76,7 @@ def compress_images(
 
 
 def _compress_batch(
-    model: "VoCoLlamaModel", pixel_values: torch.Tensor, counts: list[int], vision_options: dict[str, Any]
+    model: "VoCoLlamaCompressionMixin", pixel_values: torch.Tensor, counts: list[int], vision_options: dict[str, Any]
 ) -> list[torch.Tensor]:
     # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
     length = max(counts)
@@ -93,7 +94,7 @@ def _compress_batch(
 
 
 def run_second_stage(
-    model: "VoCoLlamaModel",
+    model: "VoCoLlamaCompressionMixin",
     inputs_embeds: torch.Tensor,
     images: CompressedImages,
     cache: Cache | None,
@@ -141,21 +142,24 @@ def run_second_stage(
     front = place_tokens(states[0][in_front], *places), place_tokens(states[1][in_front], *places)
     if num_left_out > 0:
         _fill(cache, front, model.language_model)
+    by_layer = is_compiled(model.language_model.layers[0])
     injection = InjectionCache(
         cache,
         front if 0 < num_front != num_left_out else None,
         (states[0][among], states[1][among]),
         rows[among],
         columns[among] - num_left_out,
+        by_layer,
     )
-    outputs = model.language_model(
-        inputs_embeds=inputs_embeds[:, num_left_out:],
-        attention_mask=mask,
-        position_ids=position_ids[:, num_left_out:],
-        use_cache=True,
-        **{CACHE: injection},
-        **kwargs,
-    )
+    with layers_alike(by_layer):
+        outputs = model.language_model(
+            inputs_embeds=inputs_embeds[:, num_left_out:],
+            attention_mask=mask,
+            position_ids=position_ids[:, num_left_out:],
+            use_cache=True,
+            **{CACHE: injection},
+            **kwargs,
+        )
     hidden_states, all_hidden_states = _with_voco_states(outputs, images, rows, columns, num_left_out)
     named_cache: dict[str, Any] = {CACHE: cache if use_cache else None}
     return VoCoLlamaModelOutputWithPast(
@@ -169,7 +173,7 @@ def run_second_stage(
 def _fill(cache: Cache, front: tuple[torch.Tensor, ...], language_model: Any) -> None:
     """Puts the keys and values of columns that are not run into a cache, each layer's where it computes."""
     common = hooked_device(language_model, front[0].device)
-    for index, (layer, keys, values) in enumerate(zip(language_model.layers, *map(by_layer, front))):
+    for index, (layer, keys, values) in enumerate(zip(language_model.layers, *map(views_by_layer, front))):
         device = hooked_device(layer, common)
         cache.update(keys.to(device), values.to(device), index)
 
@@ -189,7 +193,7 @@ def _with_voco_states(
 
 
 def _runs_all(
-    model: "VoCoLlamaModel", num_front: int, length: int, attention_mask: Any, arguments: dict[str, Any]
+    model: "VoCoLlamaCompressionMixin", num_front: int, length: int, attention_mask: Any, arguments: dict[str, Any]
 ) -> bool:
     """Whether columns in front of all text are run, and their keys and values replaced."""
     config = model.config.text_config
@@ -206,6 +210,7 @@ def tells_padding(attention_mask: Any) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
+@torch.compiler.disable
 def count_front_columns(images: CompressedImages, length: int, attention_mask: Any) -> int:
     """
     Columns that hold nothing but images, or padding, in every row, in front of all others. Padding is known if
@@ -221,6 +226,7 @@ def count_front_columns(images: CompressedImages, length: int, attention_mask: A
     return int(has_text.argmax())
 
 
+@torch.compiler.disable
 def split_tokens(is_front: np.ndarray, device: torch.device) -> tuple[Any, Any]:
     """Indices of tokens in front and of the others; where there are no others, slices, which copy nothing."""
     num_front = int(is_front.sum())

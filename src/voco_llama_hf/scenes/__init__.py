@@ -1,7 +1,7 @@
 """Our own world of drawn scenes, still and moving: what the embedded checkpoint was trained on and is measured by."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Data sets and plots take seconds to import
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

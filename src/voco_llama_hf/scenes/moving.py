@@ -1,5 +1,5 @@
 """
-Short procedural videos of 64x64 pixels, with questions that need the order of their frames, and some that do not.
+Short procedural videos, with questions that need the order of their frames, and some that do not.
 
 Whatever happens could as well have happened backwards, so neither one frame nor all of them in a random order tell
 more than a guess: everything that moves, comes or is hidden does so as often one way as the other, and a blinking
@@ -12,18 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
+from typing import TypedDict
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from .still import CANVAS, CELL, COLOURS, GRID, SHAPES, SPLITS, draw_shapes
+from .canvas import SMALL, THIRDS, Canvas
+from .objects import COLOURS, SHAPES, draw_shapes
+from .still import SPLITS, Message, conversation
 
 
 NUM_FRAMES = 8
 ABSENT_FRAMES = 3  # of a blinking object, in one to three blinks
-SIDES = (13, 18)  # pixels of an object, both ends included
+GRID = 3  # cells a side
 BOX = (128, 128, 128)
 DIRECTIONS = {"horizontal": ("left", "right"), "vertical": ("up", "down")}
 DESCRIBE_VIDEO = "Describe the video."
@@ -90,7 +93,7 @@ class Clip:
     hidden: tuple[Actor, ...]
 
 
-def sample_clip(rng: np.random.Generator) -> Clip:
+def sample_clip(rng: np.random.Generator, canvas: Canvas = SMALL) -> Clip:
     """Draws what happens: two of motion, blinking, coming and hiding, and perhaps an object that does nothing."""
     happens = rng.choice(["motion", "blinking", "coming", "hiding"], size=2, replace=False).tolist()
     axis, lane = str(rng.choice(list(DIRECTIONS))), int(rng.integers(GRID))
@@ -99,15 +102,15 @@ def sample_clip(rng: np.random.Generator) -> Clip:
     colours = iter(rng.permutation(list(COLOURS)).tolist())
 
     def actor() -> Actor:
-        pixels = int(rng.integers(SIDES[0], SIDES[1] + 1))
-        place = np.array(divmod(next(cells), GRID))[::-1] * CELL + rng.integers(1, CELL - pixels, 2, endpoint=True)
+        pixels, third = int(rng.integers(canvas.moving[0], canvas.moving[1] + 1)), canvas.third
+        place = np.array(divmod(next(cells), GRID))[::-1] * third + rng.integers(1, third - pixels, 2, endpoint=True)
         return Actor(next(colours), str(rng.choice(SHAPES)), pixels, np.tile(place, (NUM_FRAMES, 1)))
 
     actors: list[Actor] = []
     coming: tuple[Actor, ...] = ()
     hidden: tuple[Actor, ...] = ()
     if "motion" in happens:
-        actors.append(_moving(rng, actor(), axis, lane))
+        actors.append(_moving(rng, actor(), axis, lane, canvas))
     if "blinking" in happens:
         actors.append(_blinking(rng, actor()))
     if "coming" in happens:
@@ -121,14 +124,14 @@ def sample_clip(rng: np.random.Generator) -> Clip:
     return Clip([actors[i] for i in rng.permutation(len(actors))], coming, hidden)
 
 
-def _moving(rng: np.random.Generator, actor: Actor, axis: str, lane: int) -> Actor:
+def _moving(rng: np.random.Generator, actor: Actor, axis: str, lane: int, canvas: Canvas) -> Actor:
     """Through its lane from one side to the other, ever faster or ever slower."""
     time = np.linspace(0, 1, NUM_FRAMES)
     change = str(rng.choice(["speed up", "slow down"]))
     way = time**2 if change == "speed up" else 1 - (1 - time) ** 2
     direction = int(rng.integers(2))
-    along = 1 + (CANVAS - actor.pixels - 2) * (way if direction else 1 - way)
-    across = np.full(NUM_FRAMES, lane * CELL + rng.integers(1, CELL - actor.pixels, endpoint=True))
+    along = 1 + (canvas.side - actor.pixels - 2) * (way if direction else 1 - way)
+    across = np.full(NUM_FRAMES, lane * canvas.third + rng.integers(1, canvas.third - actor.pixels, endpoint=True))
     path = np.stack([along, across] if axis == "horizontal" else [across, along], axis=1)
     return replace(actor, path=path, direction=DIRECTIONS[axis][direction], change=change)
 
@@ -152,7 +155,7 @@ def _two_spans(rng: np.random.Generator) -> list[tuple[int, ...]]:
     return [(first, first + 1), (second + 1, second + 2)]
 
 
-def render(rng: np.random.Generator, clip: Clip) -> list[PILImage.Image]:
+def render(rng: np.random.Generator, clip: Clip, canvas: Canvas = SMALL) -> list[PILImage.Image]:
     """Draws the frames of a video in RGB."""
     background = tuple(rng.integers(0, 50, size=3).tolist())
     fills = [
@@ -162,11 +165,13 @@ def render(rng: np.random.Generator, clip: Clip) -> list[PILImage.Image]:
     frames = []
     for i in range(NUM_FRAMES):
         seen = [(actor, fill) for actor, fill in zip(clip.actors, fills, strict=True) if i not in actor.away]
-        frame = draw_shapes(background, [(a.name, fill, *a.path[i].tolist(), a.pixels) for a, fill in seen])
+        shapes = [(actor.name, fill, *actor.path[i].tolist(), actor.pixels) for actor, fill in seen]
+        frame = draw_shapes(canvas.side, background, shapes)
         for actor in clip.actors:
             if i in actor.covered:
-                left, top = (actor.path[i] // CELL * CELL).tolist()
-                ImageDraw.Draw(frame).rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=BOX)
+                left, top = (actor.path[i] // canvas.third * canvas.third).tolist()
+                box = (left, top, left + canvas.third - 1, top + canvas.third - 1)
+                ImageDraw.Draw(frame).rectangle(box, fill=BOX)
         frames.append(frame)
     return frames
 
@@ -221,51 +226,60 @@ STILL = "still"
 CHANCE = {"direction": 1 / 2, "speed": 1 / 2, "order": 1 / 2, "hiding": 1 / 2, "blinks": 1 / 3}
 
 
-def describe(clip: Clip) -> str:
+def describe(clip: Clip, canvas: Canvas = SMALL) -> str:
     """
     Every object frame by frame: where it is if it moves, and otherwise whether it is there, gone or hidden. In the
     order of [`COLOURS`], so that nothing has to be guessed.
     """
     actors = sorted(clip.actors, key=lambda actor: list(COLOURS).index(actor.colour))
-    return ", ".join(f"{actor.phrase} {' '.join(_state(actor, i) for i in range(NUM_FRAMES))}" for actor in actors)
+    states = [" ".join(_state(actor, i, canvas) for i in range(NUM_FRAMES)) for actor in actors]
+    return ", ".join(f"{actor.phrase} {its_states}" for actor, its_states in zip(actors, states, strict=True))
 
 
-def _state(actor: Actor, frame: int) -> str:
+def _state(actor: Actor, frame: int, canvas: Canvas) -> str:
     if actor.direction:
-        column, row = ((actor.path[frame] + actor.pixels / 2) // CELL).clip(max=GRID - 1).astype(int).tolist()
+        column, row = ((actor.path[frame] + actor.pixels / 2) // canvas.third).clip(max=GRID - 1).astype(int).tolist()
         is_horizontal = actor.direction in DIRECTIONS["horizontal"]
-        return ("left", "middle", "right")[column] if is_horizontal else ("top", "middle", "bottom")[row]
+        return THIRDS[1][column] if is_horizontal else THIRDS[0][row]
     if frame in actor.away:
         return "gone"
     return "hidden" if frame in actor.covered else "there"
 
 
-def make_clip(split: str, index: int, seed: int = 0) -> dict[str, object]:
+class ClipRow(TypedDict):
+    """A row of [`make_clips`]."""
+
+    images: list[PILImage.Image]
+    messages: list[Message]
+    description: str
+    families: list[str]
+    questions: list[str]
+    answers: list[str]
+
+
+def make_clip(split: str, index: int, seed: int = 0, canvas: Canvas = SMALL) -> ClipRow:
     """Makes one row of [`make_clips`]; it depends on the arguments alone."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index, NUM_FRAMES))
-    clip = sample_clip(rng)
+    clip = sample_clip(rng, canvas)
     asked, told = [], []
     for family, questions_of in (*TEMPORAL_QUESTIONS.items(), (STILL, still_questions)):
         if pairs := list(questions_of(clip)):
             asked.append((family, *pairs[rng.integers(len(pairs))]))
             told += pairs
     families, questions, answers = zip(*asked, strict=True)
-    turns = [
-        {"role": role, "content": text}
-        for pair in told
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
     return {
-        "images": render(rng, clip),
-        "messages": turns,
-        "description": describe(clip),
+        "images": render(rng, clip, canvas),
+        "messages": conversation(told),
+        "description": describe(clip, canvas),
         "families": list(families),
         "questions": list(questions),
         "answers": list(answers),
     }
 
 
-def make_clips(split: str, num_clips: int, seed: int = 0, num_proc: int | None = None) -> Dataset:
+def make_clips(
+    split: str, num_clips: int, seed: int = 0, num_proc: int | None = None, canvas: Canvas = SMALL
+) -> Dataset:
     """
     Makes a split of the moving scenes. The same arguments give the same bytes, whatever `num_proc`.
 
@@ -274,14 +288,15 @@ def make_clips(split: str, num_clips: int, seed: int = 0, num_proc: int | None =
         num_clips (`int`): Number of rows, one video each.
         seed (`int`, *optional*, defaults to 0): Seed of the whole data set.
         num_proc (`int`, *optional*): Number of processes.
+        canvas ([`Canvas`], *optional*): Where they are drawn: by default 64x64 pixels.
 
     Returns:
-        [`~datasets.Dataset`]: columns `images` (the frames, 64x64 RGB, in time order), `messages` (one conversation of
+        [`~datasets.Dataset`]: columns `images` (the frames, RGB, in time order), `messages` (one conversation of
         all there is to ask, in the format TRL takes, what needs the order of the frames first), `description` (all
         that happens), `families`, `questions` and `answers` (one entry a question, one of each family).
     """
     return Dataset.from_dict({"index": range(num_clips)}).map(
-        lambda index: make_clip(split, index, seed),
+        lambda index: make_clip(split, index, seed, canvas),
         input_columns="index",
         remove_columns="index",
         features=FEATURES,

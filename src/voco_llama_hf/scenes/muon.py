@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
+from transformers import TrainingArguments
+
+
+class HasHead(Protocol):
+    """A module that may have output embeddings."""
+
+    def get_output_embeddings(self) -> torch.nn.Module | None: ...
+    def modules(self) -> Iterator[torch.nn.Module]: ...
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -18,7 +28,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay (`float`): Weight decay of the matrices.
     """
 
-    def __init__(self, model: Any, lr: float, weight_decay: float):
+    def __init__(self, model: HasHead, lr: float, weight_decay: float):
         head = model.get_output_embeddings()
         matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         known = set(map(id, matrices))
@@ -46,9 +56,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 class MuonMixin:
     """Gives a trainer [`MuonWithAdamW`]."""
 
-    optimizer: Any
+    model: HasHead
+    args: TrainingArguments
+    optimizer: torch.optim.Optimizer | None
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: HasHead | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
         return self.optimizer

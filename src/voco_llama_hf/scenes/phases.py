@@ -1,41 +1,164 @@
-"""What the phases that train the embedded checkpoint have in common: how they report, save and resume."""
+"""Training phase after phase, each of which resumes where it was interrupted."""
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from transformers import Trainer
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from ..training.checkpoints import last_checkpoint
-
-
-def phase_options(output_dir: Path, steps: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """Arguments of [`~transformers.TrainingArguments`] for a phase that evaluates and saves as it goes."""
-    every = min(250, max(1, steps // 2))
-    return {
-        "output_dir": str(output_dir),
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "warmup_steps": min(100, steps // 5),
-        "weight_decay": 0.05,
-        "bf16": True,
-        "remove_unused_columns": False,
-        "dataloader_num_workers": 1,
-        "dataloader_persistent_workers": True,
-        "dataloader_pin_memory": False,
-        "logging_steps": min(20, every),
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_steps": every,
-        "save_total_limit": 1,
-        "seed": seed,
-        "report_to": "none",
-    }
+from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..training import VoCoSFTConfig, VoCoSFTTrainer
+from .building import add_tokens, build_model, build_processor
+from .data import phase_rows
+from .moving import WORDS
+from .muon import MuonMixin
+from .recipe import Phase, Recipe
+from .running import phase_options, run_phase, seconds_spent
+from .single_questions import SingleQuestionCollator
+from .vision import train_vision_tower
 
 
-def run_phase(trainer: Trainer) -> list[dict]:
-    """Trains, from the last checkpoint in the trainer's folder where there is one. Returns the log."""
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
-    return trainer.state.log_history
+class PhaseLog(TypedDict):
+    """What is noted of a finished phase: `log` is that of the trainer."""
+
+    name: str
+    steps: int
+    seconds: float
+    log: list[dict[str, float]]
+
+
+def note(name: str, steps: int, log: list[dict[str, float]]) -> PhaseLog:
+    """What is noted of a finished phase."""
+    return {"name": name, "steps": steps, "seconds": seconds_spent(log), "log": log}
+
+
+class MuonSFTTrainer(MuonMixin, VoCoSFTTrainer):
+    """[`VoCoSFTTrainer`] with [`MuonWithAdamW`]."""
+
+
+def train(recipe: Recipe, work_dir: Path, compile: bool = True) -> None:
+    """
+    Trains the model of a recipe, phase after phase; what an interrupted run has left in `work_dir` is kept.
+
+    Args:
+        recipe ([`Recipe`]): What to train.
+        work_dir (`Path`): Folder of checkpoints and logs.
+        compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
+    """
+    previous = final_dir(work_dir, "vision")
+    if not previous.exists():
+        train_tower(recipe, work_dir, compile, previous)
+    for phase in recipe.phases:
+        final = final_dir(work_dir, phase.name)
+        if not final.exists():
+            train_phase(recipe, phase, work_dir, compile, previous, final)
+        previous = final
+
+
+def final_dir(work_dir: Path, name: str) -> Path:
+    """Folder of the model, the processor and the log at the end of a phase."""
+    return work_dir / f"{name}-final"
+
+
+def train_tower(recipe: Recipe, work_dir: Path, compile: bool, final: Path) -> None:
+    """Makes the model and trains its vision tower alone."""
+    processor = build_processor(recipe)
+    model = build_model(processor, recipe)
+    if compile:
+        compile_layers(model)
+    tower = model.model.vision_tower
+    log = train_vision_tower(tower, processor.image_processor, recipe, work_dir / "vision")
+    save_phase(model, processor, note("vision", recipe.vision_steps, log), final)
+
+
+def train_phase(recipe: Recipe, phase: Phase, work_dir: Path, compile: bool, previous: Path, final: Path) -> None:
+    """Trains what the phase before has left in `previous`, and writes it to `final`."""
+    processor = VoCoLlamaProcessor.from_pretrained(previous)
+    # A new one each time: accelerate's mixed precision stays off for a model that it has prepared before
+    model = VoCoLlamaForConditionalGeneration.from_pretrained(
+        previous, dtype=torch.float32, attn_implementation=recipe.attention
+    )
+    weights = deepcopy(model.state_dict())
+    if phase.videos:
+        add_tokens(processor, WORDS)
+        model.resize_token_embeddings(len(processor.tokenizer))
+    if compile:
+        compile_layers(model, with_attention=not phase.two_stages)
+    log = run_phase(make_trainer(model, processor, recipe, phase, work_dir / phase.name))
+    average_weights(model, weights, phase.share)
+    save_phase(model, processor, note(phase.name, phase.steps, log), final)
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    processor: VoCoLlamaProcessor,
+    recipe: Recipe,
+    phase: Phase,
+    output_dir: Path,
+    distillation_weight: float = 0.0,
+    teacher: str = "self",
+) -> MuonSFTTrainer:
+    """The trainer of a phase, with its data; the last two arguments are those of [`VoCoSFTConfig`]."""
+    # Half as many rows, half of which have eight images
+    batch_size = recipe.batch_size // (1 + phase.videos)
+    args = VoCoSFTConfig(
+        **phase_options(recipe, output_dir, phase.steps, batch_size),
+        learning_rate=phase.learning_rate,
+        lr_scheduler_type=phase.scheduler,
+        lr_scheduler_kwargs={"num_decay_steps": phase.steps // 3} if phase.scheduler == "warmup_stable_decay" else {},
+        gradient_checkpointing=False,
+        num_voco_tokens=list(phase.num_voco_tokens),
+        two_stages=phase.two_stages,
+        freeze=list(phase.freeze),
+        assistant_only_loss=True,
+        max_length=None,
+        pad_to_multiple_of=8,
+        distillation_weight=distillation_weight,
+        teacher=teacher,
+    )
+    return MuonSFTTrainer(
+        model,
+        args,
+        data_collator=SingleQuestionCollator(processor, max(1, *phase.num_voco_tokens)) if phase.single else None,
+        train_dataset=phase_rows(recipe, phase, "train"),
+        eval_dataset=phase_rows(recipe, phase, "validation"),
+        processing_class=processor,
+    )
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a saved model in float32."""
+    return {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
+
+
+def average_weights(model: PreTrainedModel, earlier: dict[str, torch.Tensor], share: float) -> None:
+    """Weights of the model by `share`, and otherwise earlier ones; rows that they did not have stay."""
+    for name, weight in model.state_dict().items():
+        old = earlier[name].to(weight)
+        weight[: len(old)].lerp_(old, 1 - share)
+
+
+def compile_layers(model: PreTrainedModel, with_attention: bool = True) -> None:
+    """
+    Compiles the layers of the language model and of the vision tower in place; `with_attention=False` for passes that
+    keep what attention computed in a cache, which is compiled anew for every layer.
+    """
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.compile(dynamic=True)
+    for layer in model.model.language_model.layers:
+        for part in (layer,) if with_attention else (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile(dynamic=True)
+
+
+def save_phase(model: PreTrainedModel, processor: VoCoLlamaProcessor, log: PhaseLog, final: Path) -> None:
+    """Writes what a phase has left, all or nothing."""
+    part = final.with_suffix(".part")
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    (part / "log.json").write_text(json.dumps(log))
+    part.rename(final)

@@ -1,4 +1,4 @@
-"""Ways to answer a question about an image: from VoCo tokens, from all vision tokens, or from both."""
+"""Ways to answer a question about an image or a video: from VoCo tokens, from all vision tokens, or from both."""
 
 from __future__ import annotations
 
@@ -6,60 +6,107 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from ..llava import as_llava
+from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Answers the questions about the images at these indices
+# Answers the questions about the images, or the videos, at these indices
 Reader = Callable[[list[str], list[int]], list[str]]
+# Shows of each video the frames at these indices, among the frames of all videos
+VideoReader = Callable[[list[list[int]]], Reader]
 
-MAX_ANSWER_TOKENS = 6
+MAX_ANSWER_TOKENS = 12
 
 
-def preprocess(processor: ProcessorMixin, scenes: Dataset) -> torch.Tensor:
+def preprocess(processor: VoCoLlamaProcessor, scenes: Dataset) -> torch.Tensor:
     """The images of scenes as `pixel_values` of shape `(num_scenes, 3, height, width)`."""
     return processor.image_processor(images=list(scenes["image"]), return_tensors="pt").pixel_values
 
 
-def voco_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor, k: int) -> Reader:
+def voco_reader(
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixel_values: torch.Tensor, k: int
+) -> Reader:
     """Reads images from `k` VoCo tokens each; every image is compressed once, at the first question."""
-    cache = None
+    cache: VoCoCache | None = None
 
     def read(questions: list[str], images: list[int]) -> list[str]:
         nonlocal cache
         if cache is None:
             cache = model.compress(pixel_values.to(model.dtype), num_voco_tokens=k, show_progress=False)
-        batch = cache[images]
-        inputs = processor(
-            text=make_prompts(processor, questions),
-            voco_cache=batch,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        ids = model.generate(**inputs, voco_cache=batch, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-        return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
+        return _read_cache(model, processor, cache[images], make_prompts(processor, questions))
 
     return read
 
 
-def uncompressed_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor) -> Reader:
+def voco_video_reader(
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
+    frames: Sequence[Image.Image],
+    k: int,
+    progress: bool = False,
+) -> VideoReader:
+    """Reads videos from `k` VoCo tokens a frame; every frame of `frames` is compressed once, when videos are shown."""
+    cache: VoCoCache | None = None
+
+    def show(shown: list[list[int]]) -> Reader:
+        nonlocal cache
+        if cache is None:
+            pixels = processor.iter_pixel_values(frames)
+            cache = model.compress(pixels, num_voco_tokens=k, show_progress=progress)
+        compressed = cache
+
+        def read(questions: list[str], videos: list[int]) -> list[str]:
+            seen = [shown[video] for video in videos]
+            batch = compressed[[index for indices in seen for index in indices]]
+            prompts = make_prompts(processor, questions, "video")
+            return _read_cache(model, processor, batch, prompts, num_frames=list(map(len, seen)))
+
+        return read
+
+    return show
+
+
+def _read_cache(
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
+    cache: VoCoCache,
+    prompts: list[str],
+    **options: list[int],
+) -> list[str]:
+    inputs = processor(
+        text=prompts, voco_cache=cache, padding=True, padding_side="left", return_tensors="pt", **options
+    ).to(model.device)
+    ids = model.generate(**inputs, voco_cache=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
+
+
+def uncompressed_reader(
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixel_values: torch.Tensor
+) -> Reader:
     """Reads images as a LLaVA of the same weights does, from all their vision tokens."""
     return _llava_reader(model, processor, pixel_values, placeholder=processor.voco_token)
 
 
-def causal_reader(model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor, k: int) -> Reader:
+def causal_reader(
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixel_values: torch.Tensor, k: int
+) -> Reader:
     """Reads images from all their vision tokens and `k` VoCo tokens behind, nothing hidden (paper, Table 1)."""
     behind = processor.tokenizer.decode(model.config.vision_suffix_token_ids) + processor.voco_token * k
     return _llava_reader(model, processor, pixel_values, placeholder=processor.image_token, behind=behind)
 
 
 def _llava_reader(
-    model: PreTrainedModel, processor: ProcessorMixin, pixel_values: torch.Tensor, placeholder: str, behind: str = ""
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
+    pixel_values: torch.Tensor,
+    placeholder: str,
+    behind: str = "",
 ) -> Reader:
     llava = as_llava(model, processor.tokenizer.convert_tokens_to_ids(placeholder))
     features = llava.get_image_features(pixel_values=pixel_values[:1].to(model.device, model.dtype), return_dict=True)
@@ -67,26 +114,54 @@ def _llava_reader(
     image = prefix + placeholder * features.pooler_output[0].shape[0] + behind
 
     def read(questions: list[str], images: list[int]) -> list[str]:
-        inputs = processor.tokenizer(
-            [prompt.replace(processor.image_token, image) for prompt in make_prompts(processor, questions)],
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        ids = llava.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=pixel_values[images].to(model.device, model.dtype),
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-        )
-        return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
+        prompts = [prompt.replace(processor.image_token, image) for prompt in make_prompts(processor, questions)]
+        return read_llava(llava, processor, prompts, pixel_values[images])
 
     return read
 
 
-def make_prompts(processor: ProcessorMixin, questions: Sequence[str], kind: str = "image") -> list[str]:
+def uncompressed_video_reader(
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, frames: Sequence[Image.Image]
+) -> VideoReader:
+    """Reads videos as a LLaVA of the same weights does, from all vision tokens of all frames."""
+    llava = as_llava(model)
+    pixel_values = processor.image_processor(images=list(frames), return_tensors="pt").pixel_values
+    first = model.model.get_vision_features(pixel_values[:1].to(model.device, model.dtype))
+    frame = processor.voco_token * first.shape[1]
+    prefix = processor.tokenizer.decode(model.config.vision_prefix_token_ids)
+
+    def show(shown: list[list[int]]) -> Reader:
+        def read(questions: list[str], videos: list[int]) -> list[str]:
+            seen = [shown[video] for video in videos]
+            prompts = [
+                prompt.replace(processor.video_token, prefix + frame * len(indices))
+                for prompt, indices in zip(make_prompts(processor, questions, "video"), seen, strict=True)
+            ]
+            return read_llava(llava, processor, prompts, pixel_values[[index for row in seen for index in row]])
+
+        return read
+
+    return show
+
+
+def read_llava(
+    llava: LlavaForConditionalGeneration, processor: VoCoLlamaProcessor, prompts: list[str], pixel_values: torch.Tensor
+) -> list[str]:
+    """Answers of a LLaVA to prompts that hold a placeholder for every vision token of `pixel_values`."""
+    inputs = processor.tokenizer(
+        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    ).to(llava.device)
+    ids = llava.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        pixel_values=pixel_values.to(llava.device, llava.dtype),
+        max_new_tokens=MAX_ANSWER_TOKENS,
+        do_sample=False,
+    )
+    return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
+
+
+def make_prompts(processor: VoCoLlamaProcessor, questions: Sequence[str], kind: str = "image") -> list[str]:
     """Questions about an `"image"` or a `"video"` each, in the form of the chat template."""
     conversations = [
         [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}] for question in questions
@@ -94,6 +169,6 @@ def make_prompts(processor: ProcessorMixin, questions: Sequence[str], kind: str 
     return processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
 
 
-def decode_answers(processor: ProcessorMixin, ids: torch.Tensor) -> list[str]:
+def decode_answers(processor: VoCoLlamaProcessor, ids: torch.Tensor) -> list[str]:
     """Texts of generated ids `(batch_size, max_new_tokens)`."""
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]

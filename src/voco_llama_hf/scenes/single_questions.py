@@ -6,12 +6,12 @@ come through the VoCo tokens. Here a row holds many turns that see the image and
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling import VoCoLlamaProcessor
+from .data import PhaseRow
+from .still import Message
 
 
 IGNORED = -100
@@ -30,7 +30,7 @@ class SingleQuestionCollator:
         self.processor = processor
         self.num_voco_tokens = num_voco_tokens
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[PhaseRow]) -> dict[str, torch.Tensor]:
         """
         Args:
             examples (`list[dict]`):
@@ -44,7 +44,7 @@ class SingleQuestionCollator:
         frames = [example["images"] if "images" in example else [example["image"]] for example in examples]
         images = self.processor.image_processor(images=[image for row in frames for image in row], return_tensors="pt")
         messages = [message for example in examples for message in example["messages"]]
-        turns = iter(self._tokenize(messages[::2], messages[1::2]))
+        turns = iter(tokenize_turns(self.processor, messages[::2], messages[1::2]))
         rows = [
             self._row(len(images), [next(turns) for _ in example["messages"][::2]])
             for images, example in zip(frames, examples)
@@ -63,19 +63,6 @@ class SingleQuestionCollator:
             "text_groups": groups,
         }
 
-    def _tokenize(self, questions: list[dict], answers: list[dict]) -> list[tuple[list[int], list[int]]]:
-        """Ids of questions and answers, as they stand behind an image that comes first."""
-        image, template = self.processor.image_token, self.processor.apply_chat_template
-        asked = [[{"role": "user", "content": f"{image}\n{question['content']}"}] for question in questions]
-        prompts = template(asked, tokenize=False, add_generation_prompt=True)
-        whole = template([[*turn, answer] for turn, answer in zip(asked, answers)], tokenize=False)
-        texts = (
-            [prompt.removeprefix(image) for prompt in prompts],
-            [text.removeprefix(prompt) for text, prompt in zip(whole, prompts)],
-        )
-        ids = (self.processor.tokenizer(part, add_special_tokens=False).input_ids for part in texts)
-        return list(zip(*ids))
-
     def _row(self, num_images: int, turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
         """Ids, labels, groups and attention mask of one row."""
         ids = [self.processor.image_token_id] * (self.num_voco_tokens * num_images)
@@ -85,3 +72,19 @@ class SingleQuestionCollator:
             labels += [IGNORED] * len(question) + answer
             groups += [group] * (len(question) + len(answer))
         return (*map(torch.tensor, (ids, labels, groups)), torch.ones(len(ids), dtype=torch.long))
+
+
+def tokenize_turns(
+    processor: VoCoLlamaProcessor, questions: list[Message], answers: list[Message]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of questions and answers, as they stand behind an image that comes first."""
+    image, template = processor.image_token, processor.apply_chat_template
+    asked = [[{"role": "user", "content": f"{image}\n{question['content']}"}] for question in questions]
+    prompts = template(asked, tokenize=False, add_generation_prompt=True)
+    whole = template([[*turn, answer] for turn, answer in zip(asked, answers)], tokenize=False)
+    texts = (
+        [prompt.removeprefix(image) for prompt in prompts],
+        [text.removeprefix(prompt) for text, prompt in zip(whole, prompts)],
+    )
+    ids = (processor.tokenizer(part, add_special_tokens=False).input_ids for part in texts)
+    return list(zip(*ids))

@@ -1,62 +1,23 @@
-"""Small procedural scenes with questions and answers: coloured shapes and handwritten digits on a 64x64 canvas."""
+"""Small procedural scenes with questions and answers: coloured shapes and handwritten digits on a canvas."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+from typing import TypedDict
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
-from PIL import ImageDraw
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+
+from .canvas import SMALL, Canvas
+from .objects import COLOURS, SHAPES, SIZES, SceneObject, render, sample_objects
 
 
-CANVAS = 64  # pixels a side
-GRID = 3  # cells a side; every object lies inside a cell of its own, so no two overlap
-CELL = CANVAS // GRID
-SUPERSAMPLING = 4  # shapes are drawn larger and reduced, for smooth edges
-
-COLOURS = {
-    "red": (225, 40, 45),
-    "orange": (245, 135, 25),
-    "yellow": (250, 225, 55),
-    "green": (45, 175, 75),
-    "cyan": (70, 225, 230),
-    "blue": (50, 90, 240),
-    "purple": (165, 70, 200),
-    "white": (240, 240, 240),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": (11, 13), "large": (17, 19)}  # pixels, both ends included
-POSITIONS = tuple(
-    "center" if row == column == "middle" else f"{row} {column}"
-    for row in ("top", "middle", "bottom")
-    for column in ("left", "middle", "right")
-)
-DIFFICULTIES = {"sparse": (1, 4), "dense": (5, 9)}  # number of objects, both ends included
+DIFFICULTIES = tuple(SMALL.difficulties)
 SPLITS = ("train", "validation", "test")
 DESCRIBE = "Describe the scene."
-
-# The outlines of the polygons in a unit square, y down.
-OUTLINES = {
-    "square": ((0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)),
-    "triangle": ((0.5, 0.02), (1.0, 0.96), (0.0, 0.96)),
-    "cross": tuple(
-        zip(
-            (0.33, 0.67, 0.67, 1.0, 1.0, 0.67, 0.67, 0.33, 0.33, 0.0, 0.0, 0.33),
-            (0.0, 0.0, 0.33, 0.33, 0.67, 0.67, 1.0, 1.0, 0.67, 0.67, 0.33, 0.33),
-            strict=True,
-        )
-    ),
-    "star": tuple(
-        (0.5 + radius * np.sin(np.pi * i / 5), 0.52 - radius * np.cos(np.pi * i / 5))
-        for i, radius in enumerate((0.52, 0.22) * 5)
-    ),
-}
 
 FEATURES = Features(
     {
@@ -82,20 +43,15 @@ FEATURES = Features(
 )
 
 
-@dataclass(frozen=True)
-class SceneObject:
-    """
-    One object of a scene.
+class Message(TypedDict):
+    """A turn of a conversation."""
 
-    Args:
-        colour (`str`): One of [`COLOURS`].
-        name (`str`): One of [`SHAPES`], or the digit `"0"` to `"9"`.
-        size (`str`): `"small"` or `"large"`.
-        cell (`int`): Index into [`POSITIONS`], rows first.
-        left (`int`): Left edge of the bounding box in pixels.
-        top (`int`): Top edge of the bounding box in pixels.
-        pixels (`int`): Side of the bounding box in pixels.
-    """
+    role: str
+    content: str
+
+
+class ObjectRow(TypedDict):
+    """What is told of a [`SceneObject`]."""
 
     colour: str
     name: str
@@ -105,96 +61,35 @@ class SceneObject:
     top: int
     pixels: int
 
-    @property
-    def position(self) -> str:
-        return POSITIONS[self.cell]
 
-    @property
-    def phrase(self) -> str:
-        return f"{self.colour} {self.name}"
+class Scene(TypedDict):
+    """A row of [`make_scenes`]."""
 
-
-@cache
-def glyphs(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Handwritten digits of a split: images of shape (number, 8, 8) from 0 to 16, and labels of shape (number,)."""
-    images, labels = load_digits(return_X_y=True)
-    parts = dict(zip(("train", "rest"), _stratified(np.arange(len(labels)), labels, 0.2), strict=True))
-    parts["validation"], parts["test"] = _stratified(parts["rest"], labels[parts["rest"]], 0.5)
-    return images[parts[split]].reshape(-1, 8, 8), labels[parts[split]]
+    image: PILImage.Image
+    messages: list[Message]
+    description: str
+    difficulty: str
+    families: list[str]
+    questions: list[str]
+    answers: list[str]
+    objects: list[ObjectRow]
 
 
-def _stratified(indices: np.ndarray, labels: np.ndarray, share: float) -> list[np.ndarray]:
-    return train_test_split(indices, test_size=share, stratify=labels, random_state=0)
-
-
-def sample_objects(rng: np.random.Generator, difficulty: str) -> list[SceneObject]:
-    """Draws the objects of a scene, each inside a cell of its own, ordered by cell."""
-    low, high = DIFFICULTIES[difficulty]
-    cells = np.sort(rng.choice(GRID**2, size=rng.integers(low, high + 1), replace=False))
-    objects = []
-    for cell in cells.tolist():
-        size = str(rng.choice(list(SIZES)))
-        pixels = int(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
-        left, top = rng.integers(1, CELL - pixels, size=2, endpoint=True).tolist()
-        is_digit = rng.random() < 0.4
-        objects.append(
-            SceneObject(
-                colour=str(rng.choice(list(COLOURS))),
-                name=str(rng.integers(10)) if is_digit else str(rng.choice(SHAPES)),
-                size=size,
-                cell=cell,
-                left=cell % GRID * CELL + left,
-                top=cell // GRID * CELL + top,
-                pixels=pixels,
-            )
-        )
-    return objects
-
-
-def draw_shapes(
-    background: tuple[int, ...], shapes: list[tuple[str, tuple[int, ...], float, float, int]]
-) -> PILImage.Image:
-    """
-    Draws a canvas with shapes on it.
-
-    Args:
-        background (`tuple[int, ...]`): Colour of the canvas.
-        shapes (`list[tuple]`): Name, colour, left, top and side of each, in pixels.
-    """
-    canvas = PILImage.new("RGB", (CANVAS * SUPERSAMPLING,) * 2, background)
-    draw = ImageDraw.Draw(canvas)
-    for name, fill, *box in shapes:
-        left, top, side = (round(number * SUPERSAMPLING) for number in box)
-        if name == "circle":
-            draw.ellipse((left, top, left + side - 1, top + side - 1), fill=fill)
-        else:
-            draw.polygon([(left + x * (side - 1), top + y * (side - 1)) for x, y in OUTLINES[name]], fill=fill)
-    return canvas.reduce(SUPERSAMPLING)
-
-
-def render(rng: np.random.Generator, objects: list[SceneObject], split: str) -> PILImage.Image:
-    """Draws a scene as an RGB image of 64x64 pixels, its digits with glyphs of `split`."""
-    background = tuple(rng.integers(0, 50, size=3).tolist())
-    noise = rng.integers(-12, 13, size=(len(objects), 3))
-    colours = np.array([COLOURS[o.colour] for o in objects])
-    fills = list(map(tuple, (colours + noise).clip(0, 255).tolist()))
-    shapes = [(o.name, fill, o.left, o.top, o.pixels) for o, fill in zip(objects, fills, strict=True)]
-    canvas = draw_shapes(background, [shape for shape in shapes if shape[0] in SHAPES])
-    images, labels = glyphs(split)
-    for obj, fill in zip(objects, fills, strict=True):
-        if obj.name.isdigit():
-            glyph = images[rng.choice(np.flatnonzero(labels == int(obj.name)))]
-            stroke = PILImage.fromarray((glyph * 255 / 16).astype(np.uint8))
-            stroke = stroke.resize((obj.pixels,) * 2, PILImage.Resampling.BICUBIC).rotate(
-                rng.uniform(-8, 8), PILImage.Resampling.BICUBIC
-            )
-            canvas.paste(fill, (obj.left, obj.top), stroke)
-    return canvas
+def to_row(o: SceneObject) -> ObjectRow:
+    return {
+        "colour": o.colour,
+        "name": o.name,
+        "size": o.size,
+        "cell": o.cell,
+        "left": o.left,
+        "top": o.top,
+        "pixels": o.pixels,
+    }
 
 
 def _unique(objects: list[SceneObject], key: str) -> Iterator[SceneObject]:
-    counts = Counter(getattr(o, key) for o in objects)
-    return (o for o in objects if counts[getattr(o, key)] == 1)
+    values = list(map(attrgetter(key), objects))
+    return (o for o, value in zip(objects, values, strict=True) if values.count(value) == 1)
 
 
 def _plural(name: str) -> str:
@@ -203,7 +98,7 @@ def _plural(name: str) -> str:
 
 def colour_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
     for o in objects:
-        yield f"What colour is at the {o.position}?", o.colour
+        yield f"What colour is at {o.at}?", o.colour
     for o in _unique(objects, "name"):
         yield f"What colour is the {o.name}?", o.colour
 
@@ -211,7 +106,7 @@ def colour_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
 def shape_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
     for o in objects:
         if o.name in SHAPES:
-            yield f"What shape is at the {o.position}?", o.name
+            yield f"What shape is at {o.at}?", o.name
     for o in _unique([o for o in objects if o.name in SHAPES], "colour"):
         yield f"What shape is {o.colour}?", o.name
 
@@ -219,7 +114,7 @@ def shape_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
 def digit_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
     digits = [o for o in objects if o.name.isdigit()]
     for o in digits:
-        yield f"What digit is at the {o.position}?", o.name
+        yield f"What digit is at {o.at}?", o.name
     for o in _unique(digits, "colour"):
         yield f"What digit is {o.colour}?", o.name
 
@@ -259,11 +154,11 @@ def comparison_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]
     named = list(_unique(objects, "phrase"))
     for a in named:
         for b in named:
-            if a.cell % GRID != b.cell % GRID:
-                answer = "yes" if a.cell % GRID < b.cell % GRID else "no"
+            if a.column != b.column:
+                answer = "yes" if a.column < b.column else "no"
                 yield f"Is the {a.phrase} left of the {b.phrase}?", answer
-            if a.cell // GRID != b.cell // GRID:
-                answer = "yes" if a.cell // GRID < b.cell // GRID else "no"
+            if a.row != b.row:
+                answer = "yes" if a.row < b.row else "no"
                 yield f"Is the {a.phrase} above the {b.phrase}?", answer
             if a.size != b.size:
                 yield f"Is the {a.phrase} larger than the {b.phrase}?", "yes" if a.size == "large" else "no"
@@ -313,28 +208,36 @@ def describe(objects: list[SceneObject]) -> str:
     return ", ".join(f"{o.size} {o.phrase} {o.position}" for o in objects)
 
 
+def conversation(pairs: Iterable[tuple[str, str]]) -> list[Message]:
+    """Questions and answers in turn."""
+    turns: list[Message] = []
+    for question, answer in pairs:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return turns
+
+
 def make_scene(
-    split: str, index: int, seed: int = 0, dense_share: float = 0.5, questions_per_scene: int = 7
-) -> dict[str, object]:
+    split: str,
+    index: int,
+    seed: int = 0,
+    dense_share: float = 0.5,
+    questions_per_scene: int = 7,
+    canvas: Canvas = SMALL,
+) -> Scene:
     """Makes one row of [`make_scenes`]; it depends on the arguments alone."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     difficulty = "dense" if rng.random() < dense_share else "sparse"
-    objects = sample_objects(rng, difficulty)
+    objects = sample_objects(rng, difficulty, canvas)
     families, questions, answers = zip(*sample_questions(rng, objects, questions_per_scene), strict=True)
-    turns = [
-        {"role": role, "content": text}
-        for pair in zip(questions, answers, strict=True)
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
     return {
-        "image": render(rng, objects, split),
-        "messages": turns,
+        "image": render(rng, objects, split, canvas),
+        "messages": conversation(zip(questions, answers, strict=True)),
         "description": describe(objects),
         "difficulty": difficulty,
         "families": list(families),
         "questions": list(questions),
         "answers": list(answers),
-        "objects": [asdict(o) for o in objects],
+        "objects": [to_row(o) for o in objects],
     }
 
 
@@ -345,6 +248,7 @@ def make_scenes(
     dense_share: float = 0.5,
     questions_per_scene: int = 7,
     num_proc: int | None = None,
+    canvas: Canvas = SMALL,
 ) -> Dataset:
     """
     Makes a split of the scenes data set. The same arguments give the same bytes, whatever `num_proc`.
@@ -359,18 +263,20 @@ def make_scenes(
         seed (`int`, *optional*, defaults to 0):
             Seed of the whole data set.
         dense_share (`float`, *optional*, defaults to 0.5):
-            Share of scenes with 5 to 9 objects; the others have 1 to 4.
+            Share of dense scenes, of 5 objects and more; the others have 1 to 4.
         questions_per_scene (`int`, *optional*, defaults to 7):
             Number of questions about each image, all in one conversation.
         num_proc (`int`, *optional*):
             Number of processes.
+        canvas ([`Canvas`], *optional*):
+            Where they are drawn: by default 64x64 pixels.
 
     Returns:
-        [`~datasets.Dataset`]: columns `image` (64x64 RGB), `messages` (one conversation in the format TRL takes:
+        [`~datasets.Dataset`]: columns `image` (RGB), `messages` (one conversation in the format TRL takes:
         `questions_per_scene` questions and answers), `description` (all objects in one sentence), `difficulty`,
         `families`, `questions`, `answers` (one entry a question) and `objects` (what is in the picture).
     """
-    options = {"seed": seed, "dense_share": dense_share, "questions_per_scene": questions_per_scene}
+    options = {"seed": seed, "dense_share": dense_share, "questions_per_scene": questions_per_scene, "canvas": canvas}
     return Dataset.from_dict({"index": range(num_scenes)}).map(
         lambda index: make_scene(split, index, **options),
         input_columns="index",

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections import defaultdict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers import PreTrainedModel, ProcessorMixin
 
-from ..files import written_aside
-from ..modeling import VoCoCache
+from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from .canvas import Canvas, canvas_of
 from .moving import CHANCE, NUM_FRAMES, STILL, TEMPORAL_FAMILIES, make_clips
-from .readers import decode_answers, make_prompts
+from .readers import VideoReader, voco_video_reader
+from .scoring import Asked, Results, add_bars, add_legend, add_levels, add_panels, percent, score
 
 
-MAX_ANSWER_TOKENS = 16
 TEMPORAL = "temporal"  # all questions that one frame cannot answer
 ALL_FRAMES, ONE_FRAME, OUT_OF_ORDER = READINGS = ("all frames", "one frame", "out of order")
 GROUPS = (TEMPORAL, *TEMPORAL_FAMILIES, STILL)
 
 
 @dataclass
-class VideoResults:
+class VideoResults(Results):
     """
     Exact match on the moving scenes.
 
@@ -42,26 +36,48 @@ class VideoResults:
             `"one frame"`, drawn at random, or all `"out of order"`) and family.
     """
 
-    split: str
     num_clips: int
     num_questions: dict[str, int]
     accuracy: dict[str, dict[str, dict[str, float]]]
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the results as JSON."""
-        with written_aside(path) as part:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n")
+    def table(self) -> Table:
+        title = f"Exact match on the {self.split} split ({self.num_clips} videos of {NUM_FRAMES} frames), percent"
+        table = Table(title=title)
+        for heading in ("a frame", "frames shown"):
+            table.add_column(heading, no_wrap=True)
+        for group in GROUPS:
+            table.add_column(group, justify="right")
+        for mode, readings in self.accuracy.items():
+            for reading, scores in readings.items():
+                table.add_row(mode, reading, *(percent(scores.get(group)) for group in GROUPS))
+        guesses = chance(self)
+        table.add_section()
+        table.add_row("chance", "", *(percent(guesses.get(group)) for group in GROUPS))
+        return table
+
+    def draw(self, figure: Figure) -> None:
+        figure.set_size_inches(9, 1 + 2.4 * len(self.accuracy))
+        panels = add_panels(figure, [f"{mode} a frame" for mode in self.accuracy], GROUPS)
+        guesses = chance(self)
+        for panel, readings in zip(panels, self.accuracy.values(), strict=True):
+            for i, (reading, scores) in enumerate(readings.items()):
+                shares = [scores.get(group, 0.0) for group in GROUPS]
+                add_bars(panel, shares, i, len(readings), ("C0", "0.75", "0.55")[i], reading)
+            # No guess is as good for the last group
+            add_levels(panel, [guesses[group] for group in GROUPS if group in guesses], 0, 1, "chance")
+        add_legend(figure, panels[0])
 
 
 def evaluate_videos(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
     split: str = "test",
     num_voco_tokens: tuple[int, ...] = (2,),
     batch_size: int = 64,
     limit: int = 300,
     seed: int = 0,
     progress: bool = True,
+    canvas: Canvas | None = None,
 ) -> VideoResults:
     """
     Asks every question of a split on its own and compares the greedy answers with the true ones.
@@ -83,27 +99,52 @@ def evaluate_videos(
             Seed of the moving scenes.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
+        canvas ([`Canvas`], *optional*):
+            Where videos are drawn, by default as large as the model's images, or 64x64 pixels.
 
     Returns:
         [`VideoResults`]
     """
-    clips = make_clips(split, limit, seed)
-    shown = choose_frames(limit, seed)
+    canvas = canvas or canvas_of(model.config.vision_config.image_size)
+    clips = make_clips(split, limit, seed, canvas=canvas)
     frames = [frame for images in clips["images"] for frame in images]
+    readers = {f"k={k}": voco_video_reader(model, processor, frames, k, progress) for k in num_voco_tokens}
+    return score_video_readers(readers, clips, split, batch_size, seed, progress)
+
+
+def score_video_readers(
+    readers: dict[str, VideoReader],
+    clips: Dataset,
+    split: str,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> VideoResults:
+    """
+    What [`evaluate_videos`] does, for readers of any kind.
+
+    Args:
+        readers (`dict[str, Callable]`):
+            By mode: a function that takes the indices of the frames of each video, among the frames of all videos, and
+            returns one that answers questions about the videos at given indices.
+        clips ([`~datasets.Dataset`]): Rows of [`make_clips`].
+        split, batch_size, seed, progress: See [`evaluate_videos`].
+
+    Returns:
+        [`VideoResults`]
+    """
+    asked = [
+        Asked(question, answer, i, (family,) if family == STILL else (family, TEMPORAL))
+        for i, clip in enumerate(clips.select_columns(["families", "questions", "answers"]))
+        for family, question, answer in zip(clip["families"], clip["questions"], clip["answers"], strict=True)
+    ]
+    counts = Counter(group for one in asked for group in one.groups)
     accuracy: dict[str, dict[str, dict[str, float]]] = {}
-    for k in num_voco_tokens:
-        pixels = processor.iter_pixel_values(frames)
-        cache = model.compress(pixels, num_voco_tokens=k, show_progress=progress)
-        accuracy[f"k={k}"] = {
-            reading: _score(
-                model, processor, cache, clips, indices, batch_size, f"{split}, k={k}, {reading}", progress
-            )
-            for reading, indices in shown.items()
-        }
-    families = [family for families in clips["families"] for family in families]
-    num_questions = {TEMPORAL: len(families) - families.count(STILL)}
-    num_questions |= {family: families.count(family) for family in (*TEMPORAL_FAMILIES, STILL)}
-    return VideoResults(split, limit, num_questions, accuracy)
+    for mode, reader in readers.items():
+        for reading, shown in choose_frames(len(clips), seed).items():
+            scores = score(reader(shown), asked, batch_size, f"{split}, {mode}, {reading}", progress)
+            accuracy.setdefault(mode, {})[reading] = {group: scores[group] for group in GROUPS if group in scores}
+    return VideoResults(split, len(clips), {group: counts[group] for group in GROUPS}, accuracy)
 
 
 def choose_frames(num_clips: int, seed: int) -> dict[str, list[list[int]]]:
@@ -118,88 +159,7 @@ def choose_frames(num_clips: int, seed: int) -> dict[str, list[list[int]]]:
     }
 
 
-def _score(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    cache: VoCoCache,
-    clips: Dataset,
-    shown: list[list[int]],
-    batch_size: int,
-    description: str,
-    progress: bool,
-) -> dict[str, float]:
-    """Exact match by family."""
-    asked = [
-        (family, question, answer, shown[i])
-        for i, clip in enumerate(clips.remove_columns("images"))
-        for family, question, answer in zip(clip["families"], clip["questions"], clip["answers"], strict=True)
-    ]
-    correct = defaultdict(list)
-    for start in track(range(0, len(asked), batch_size), description=description, disable=not progress):
-        families, questions, answers, frames = zip(*asked[start : start + batch_size], strict=True)
-        batch = cache[[index for indices in frames for index in indices]]
-        inputs = processor(
-            text=make_prompts(processor, questions, "video"),
-            voco_cache=batch,
-            num_frames=list(map(len, frames)),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        ids = model.generate(**inputs, voco_cache=batch, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-        predictions = decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
-        for family, prediction, answer in zip(families, predictions, answers, strict=True):
-            for group in (family,) if family == STILL else (family, TEMPORAL):
-                correct[group].append(prediction == answer)
-    return {group: sum(correct[group]) / len(correct[group]) for group in GROUPS if correct[group]}
-
-
 def chance(results: VideoResults) -> dict[str, float]:
     """What guessing gets right, by family; no guess is as good for `"still"`."""
     weighted = sum(CHANCE[family] * results.num_questions[family] for family in TEMPORAL_FAMILIES)
     return {TEMPORAL: weighted / max(1, results.num_questions[TEMPORAL]), **CHANCE}
-
-
-def print_video_results(results: VideoResults, console: Console | None = None) -> None:
-    """Prints the results as a table, in percent."""
-    table = Table(
-        title=f"Exact match on the {results.split} split ({results.num_clips} videos of {NUM_FRAMES} frames), percent"
-    )
-    for heading in ("a frame", "frames shown"):
-        table.add_column(heading, no_wrap=True)
-    for group in GROUPS:
-        table.add_column(group, justify="right")
-    for k, readings in results.accuracy.items():
-        for reading, scores in readings.items():
-            table.add_row(k, reading, *(f"{100 * scores[group]:.1f}" if group in scores else "" for group in GROUPS))
-    guesses = chance(results)
-    table.add_section()
-    table.add_row("chance", "", *(f"{100 * guesses[group]:.1f}" if group in guesses else "" for group in GROUPS))
-    (console or Console()).print(table)
-
-
-def plot_video_results(results: VideoResults, path: str | os.PathLike) -> None:
-    """Draws the results as bars: one panel a number of VoCo tokens, one group of bars a family."""
-    figure = Figure(figsize=(9, 1 + 2.4 * len(results.accuracy)), layout="constrained")
-    panels = figure.subplots(len(results.accuracy), 1, sharex=True, squeeze=False)[:, 0]
-    guesses = chance(results)
-    for panel, (k, readings) in zip(panels, results.accuracy.items(), strict=True):
-        for i, (reading, scores) in enumerate(readings.items()):
-            places = [group + 0.27 * (i - 1) for group in range(len(GROUPS))]
-            heights = [100 * scores.get(group, 0.0) for group in GROUPS]
-            panel.bar(places, heights, 0.25, color=("C0", "0.75", "0.55")[i], label=reading, zorder=2)
-        for group, name in enumerate(GROUPS):
-            if name in guesses:
-                level = 100 * guesses[name]
-                label = "chance" if group == 0 else None
-                panel.hlines(level, group - 0.4, group + 0.4, color="black", linewidth=1.5, label=label, zorder=3)
-        panel.set_title(f"{k} a frame", loc="left")
-        panel.set_ylabel("exact match, %")
-        panel.set_ylim(0, 101)
-        panel.grid(axis="y", color="0.9", zorder=0)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xticks(range(len(GROUPS)), GROUPS)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    with written_aside(path) as part:
-        figure.savefig(part, dpi=150, format=Path(path).suffix[1:])

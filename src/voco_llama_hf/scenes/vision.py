@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import BaseImageProcessor, CLIPVisionModel, Trainer, TrainingArguments
+from transformers import BaseImageProcessor, CLIPVisionModel, EvalPrediction, Trainer, TrainingArguments
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from .data import VisionRow, vision_rows
 from .muon import MuonMixin
-from .phases import phase_options, run_phase
-from .still import CANVAS, COLOURS, SHAPES, SIZES
+from .objects import COLOURS, SHAPES, SIZES
+from .recipe import Recipe
+from .running import phase_options, run_phase
+from .still import ObjectRow
 
 
 # What a patch can show; the index after the last one is the background
-ATTRIBUTES = {"colour": tuple(COLOURS), "name": (*SHAPES, *map(str, range(10))), "size": tuple(SIZES)}
+ATTRIBUTES = {"colour": tuple(COLOURS), "name": (*SHAPES, *map(str, range(10))), "size": SIZES}
 
 
 class PatchClassifier(torch.nn.Module):
@@ -56,14 +57,17 @@ class PatchClassifier(torch.nn.Module):
         )
 
 
-def patch_labels(objects: list[dict[str, Any]], patch_size: int) -> np.ndarray:
-    """Classes of the attributes at the middle of every patch, rows first: `(patches, 3)`."""
-    middles = np.arange(CANVAS // patch_size) * patch_size + patch_size // 2
+def patch_labels(objects: list[ObjectRow], patch_size: int, side: int) -> np.ndarray:
+    """Classes of the attributes at the middle of every patch of a canvas, rows first: `(patches, 3)`."""
+    middles = np.arange(side // patch_size) * patch_size + patch_size // 2
     labels = np.empty((len(middles), len(middles), len(ATTRIBUTES)), dtype=np.int64)
     labels[:] = [len(values) for values in ATTRIBUTES.values()]
     for o in objects:
-        rows, columns = ((middles >= o[edge]) & (middles < o[edge] + o["pixels"]) for edge in ("top", "left"))
-        labels[np.ix_(rows, columns)] = [values.index(o[name]) for name, values in ATTRIBUTES.items()]
+        rows, columns = ((middles >= edge) & (middles < edge + o["pixels"]) for edge in (o["top"], o["left"]))
+        shown = (o["colour"], o["name"], o["size"])
+        labels[np.ix_(rows, columns)] = [
+            values.index(value) for values, value in zip(ATTRIBUTES.values(), shown, strict=True)
+        ]
     return labels.reshape(-1, len(ATTRIBUTES))
 
 
@@ -80,13 +84,13 @@ class PatchCollator:
         self.image_processor = image_processor
         self.patch_size = patch_size
 
-    def __call__(self, scenes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, scenes: list[VisionRow]) -> dict[str, torch.Tensor]:
         pixels = self.image_processor(images=[scene["image"] for scene in scenes], return_tensors="pt").pixel_values
-        labels = np.stack([patch_labels(scene["objects"], self.patch_size) for scene in scenes])
+        labels = np.stack([patch_labels(scene["objects"], self.patch_size, scene["image"].width) for scene in scenes])
         return {"pixel_values": pixels, "labels": torch.from_numpy(labels)}
 
 
-def patch_accuracy(prediction: Any) -> dict[str, float]:
+def patch_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of the patches on objects all of whose attributes are recognised."""
     classes, labels = prediction
     on_object = labels[..., 0] != len(ATTRIBUTES["colour"])
@@ -98,40 +102,30 @@ class MuonTrainer(MuonMixin, Trainer):
 
 
 def train_vision_tower(
-    vision_tower: CLIPVisionModel,
-    image_processor: BaseImageProcessor,
-    scenes: dict[str, Dataset],
-    steps: int,
-    batch_size: int,
-    seed: int,
-    output_dir: Path,
-) -> list[dict]:
+    vision_tower: CLIPVisionModel, image_processor: BaseImageProcessor, recipe: Recipe, output_dir: Path
+) -> list[dict[str, float]]:
     """
     Trains a vision tower in place, from the last checkpoint in `output_dir` where there is one.
 
     Args:
         vision_tower ([`~transformers.CLIPVisionModel`]): The tower.
         image_processor ([`~transformers.BaseImageProcessor`]): Its image processor.
-        scenes (`dict[str, Dataset]`): Splits `"train"` and `"validation"` of [`make_scenes`].
-        steps (`int`): Number of optimizer steps.
-        batch_size (`int`): Images a step.
-        seed (`int`): Seed of the order of the data.
+        recipe ([`Recipe`]): What to train it on, and for how long.
         output_dir (`Path`): Folder of the trainer's checkpoints.
 
     Returns:
         `list[dict]`: the trainer's log.
     """
     args = TrainingArguments(
-        **phase_options(output_dir, steps, batch_size, seed),
+        **phase_options(recipe, output_dir, recipe.vision_steps, recipe.vision_batch_size),
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
-        use_cpu=not torch.cuda.is_available(),
     )
     trainer = MuonTrainer(
         PatchClassifier(vision_tower),
         args,
-        train_dataset=scenes["train"],
-        eval_dataset=scenes["validation"],
+        train_dataset=vision_rows(recipe, "train"),
+        eval_dataset=vision_rows(recipe, "validation"),
         data_collator=PatchCollator(image_processor, vision_tower.config.patch_size),
         compute_metrics=patch_accuracy,
     )

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on transformers' own serving code, with a memory of compressed images."""
+"""An OpenAI-compatible server with a memory of compressed images."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,10 +8,10 @@ from .limits import Limits
 
 
 if TYPE_CHECKING:
-    from .model_manager import VoCoModelManager
+    from .listening import build_server
     from .server import build_app
 
-MODULES = {"VoCoModelManager": "model_manager", "build_app": "server"}
+MODULES = {"build_app": "server", "build_server": "listening"}
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +21,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
 
 
-__all__ = ["ImageCache", "Limits", "VoCoModelManager", "build_app"]
+__all__ = ["ImageCache", "Limits", "build_app", "build_server"]

@@ -1,103 +1,140 @@
 """Chat completions about images, each of which is compressed the first time that it is seen."""
 
 import asyncio
-import copy
-from functools import partial
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastapi import HTTPException
-from openai.types.completion_usage import PromptTokensDetails
-from transformers import GenerationConfig
-from transformers.cli.serving.chat_completion import (
-    ChatCompletionHandler,
-    TransformersCompletionCreateParamsStreaming,
-)
-from transformers.cli.serving.utils import GenerationState
+from fastapi import HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 
 from ..images import TooLargeError, decode_image
 from ..modeling import VoCoCache
-from ..prompts import starts_with_bos
-from .image_cache import ImageCache, hash_bytes
-from .limits import Limits
-from .messages import check_options, is_integer, parse_messages, shown
-from .model_manager import VoCoModelManager
-from .remote_images import ImageLoader
+from ..prompts import check_num_tokens, check_text_length, render, starts_with_bos
+from .answers import Answer, Job, Picture
+from .engine import Engine
+from .image_cache import hash_bytes
+from .limits import Limits, error_body
+from .messages import check_options, is_integer, parse_body, parse_messages, parse_stops, shown
+from .remote_images import ImageLoader, decode_data_url, is_data_url
+from .sampling import Sampling
 
 
 MAX_VOCO_TOKENS = 64
-MIN_TEMPERATURE = 0.01  # below it logits overflow, and the likeliest token is drawn anyway
+READERS = 1  # threads that tokenize and decode: more take the event loop's turns, and hold hundreds of megabytes each
+CLIENT_GONE = 499
 
 
-class VoCoCompletionCreateParams(TransformersCompletionCreateParamsStreaming, total=False):
+@dataclass(frozen=True)
+class Asked:
+    """
+    A request that was read, but for its images.
+
+    Args:
+        body (`dict`): What it says.
+        input_ids (`list[int]`): Tokens of its prompt.
+        urls (`list[str]`): Where its images are, in order.
+        num_voco_tokens (`int`): VoCo tokens of each.
+    """
+
+    body: dict[str, Any]
+    input_ids: list[int]
+    urls: list[str]
     num_voco_tokens: int
 
 
-class VoCoChatCompletionHandler(ChatCompletionHandler):
+class ChatCompletions:
     """
-    transformers' handler of `/v1/chat/completions` with images that are compressed once. A request may choose
-    `num_voco_tokens`, and the usage of its response says how many tokens of the prompt came from images that were
-    compressed before.
+    Answers `/v1/chat/completions`. A request may choose `num_voco_tokens`, and the usage of its response says how many
+    tokens of the prompt came from images that were compressed before.
 
     Args:
-        model_manager ([`VoCoModelManager`]):
-            Holds the model.
-        generation_state ([`~transformers.cli.serving.utils.GenerationState`]):
-            Holds the thread that computes.
-        images ([`ImageCache`]):
-            Images that were compressed before.
-        loader ([`ImageLoader`]):
-            Reads the images of requests.
-        limits ([`Limits`]):
-            What a request may ask for.
+        model_id (`str`): What clients call the model.
+        engine ([`Engine`]): Computes.
+        loader ([`ImageLoader`]): Fetches the images of requests.
+        limits ([`Limits`]): What a request may ask for.
     """
 
-    _valid_params_class = VoCoCompletionCreateParams
+    def __init__(self, model_id: str, engine: Engine, loader: ImageLoader, limits: Limits):
+        self.model_id, self.engine, self.loader, self.limits = model_id, engine, loader, limits
+        self.processor, self.window = engine.processor, engine.window
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="voco-llama-reader")
 
-    def __init__(
-        self,
-        model_manager: VoCoModelManager,
-        generation_state: GenerationState,
-        images: ImageCache,
-        loader: ImageLoader,
-        limits: Limits,
-    ):
-        super().__init__(model_manager, generation_state)
-        self.images, self.loader, self.limits = images, loader, limits
-        self.model, self.processor, self.model_id = (
-            model_manager.model,
-            model_manager.processor,
-            model_manager.model_id,
+    async def answer(self, request: Request, request_id: str) -> Response:
+        """
+        A JSON response, or a stream of events.
+
+        Raises:
+            HTTPException: if the request cannot be answered as it is.
+        """
+        # Not request.body(), which would keep it
+        return await unless_gone(
+            request, self._answer(b"".join([part async for part in request.stream()]), request_id)
         )
-        self.cached_tokens = 0
 
-    async def handle_request(self, body: dict, request_id: str) -> Any:
-        """See [`~transformers.cli.serving.chat_completion.ChatCompletionHandler.handle_request`]."""
-        self._validate_request(body)
+    async def _answer(self, content: bytes, request_id: str) -> Response:
+        asked = await self._in_thread(self._read, content)
+        del content  # of megabytes, as `asked` is, and not needed for what may take a while
+        pictures, left = [], self.limits.max_request_bytes
+        for url in asked.urls:
+            if is_data_url(url):
+                image = await self._in_thread(decode_data_url, url)
+            else:
+                image = await self.loader.load(url, left)
+                left -= len(image)
+            pictures.append(await self._in_thread(self._picture, image, asked.num_voco_tokens))
+        job = Job(
+            asked.input_ids,
+            pictures,
+            asked.num_voco_tokens,
+            Sampling.of_request(asked.body, self.engine.model.generation_config),
+            self._max_tokens(asked),
+            parse_stops(asked.body),
+        )
+        is_stream, options = asked.body.get("stream"), asked.body.get("stream_options") or {}
+        reply = Reply(request_id, self.model_id, len(job.input_ids))
+        del asked
+        if is_stream:
+            events = self._events(job, reply, bool(options.get("include_usage")))
+            return StreamingResponse(events, media_type="text/event-stream")
+        answer = self.engine.submit(job)
+        try:
+            text = "".join([piece async for piece in answer])
+        except RuntimeError as error:
+            raise HTTPException(500, str(error)) from error
+        finally:
+            answer.cancel()
+        return JSONResponse(reply.whole(text, answer))
+
+    async def _in_thread(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
+
+    # What threads read
+
+    def _read(self, content: bytes) -> Asked:
+        body = parse_body(content)
         check_options(body, self.limits)
         if body.get("model") not in (None, self.model_id):
             raise HTTPException(404, f"this server has the model {self.model_id!r}, not {shown(body['model'])}")
-        question = parse_messages(body.get("messages"), self.processor, self.limits)
         num_voco_tokens = self._num_voco_tokens(body.get("num_voco_tokens"))
-        prompt = self._prompt(question.messages)
-
-        manager: Any = self.generation_state.get_manager(self.model_id)
-        contents = [await self.loader.load(url) for url in question.urls]
-        caches, cached_tokens = [], 0
-        for content in contents:
-            cache, is_known = await self._compressed(manager, content, num_voco_tokens)
-            caches.append(cache)
-            cached_tokens += num_voco_tokens if is_known else 0
-        inputs = self._inputs(prompt, caches)
-        config = self._build_generation_config(body, self.model.generation_config)
-        self._bound_tokens(config, inputs["input_ids"].shape[1])
-
-        # Of this request alone: the builders of its responses ask for the number of cached tokens
-        own = copy.copy(self)
-        own.cached_tokens = cached_tokens
-        # The tokenizer in place of the processor: strings to stop at are looked up in its vocabulary
-        args = (request_id, self.model, self.processor.tokenizer, self.model_id, inputs, config, manager)
-        return own._streaming(*args) if body.get("stream") else await own._non_streaming(*args)
+        question = parse_messages(body.get("messages"), self.processor, self.limits, self.window)
+        with bad_requests():
+            prompt = render(question.messages, self.processor)
+            check_text_length(prompt, self.processor, self.window)
+            self._check_tokens(prompt, len(question.urls))
+            input_ids = self._tokenize(prompt, len(question.urls), num_voco_tokens)
+            check_num_tokens(len(input_ids), self.window)
+        return Asked(body, input_ids, question.urls, num_voco_tokens)
 
     def _num_voco_tokens(self, asked: Any) -> int:
         if asked is None:
@@ -107,78 +144,135 @@ class VoCoChatCompletionHandler(ChatCompletionHandler):
             raise HTTPException(400, message)
         return asked
 
-    def _prompt(self, messages: list[dict]) -> str:
-        try:
-            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-
-    async def _compressed(self, manager: Any, content: bytes, num_voco_tokens: int) -> tuple[VoCoCache, bool]:
-        """An image that was seen before, or is decoded and compressed now; and whether it was known."""
-        content_hash = hash_bytes(content)
-        known = self.images.get(content_hash, num_voco_tokens)
-        if known is not None:
-            return known, True
-        try:
-            # Made small before it waits; the store is asked later, by the thread that computes
-            pixel_values = await asyncio.to_thread(self._read, content)
-        except TooLargeError as error:
-            raise HTTPException(413, str(error)) from error
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        compress = partial(self.model.compress, pixel_values, num_voco_tokens)
-        return await manager.async_submit(self.images.get_or_compress, content_hash, num_voco_tokens, compress)
-
-    def _read(self, content: bytes) -> torch.Tensor:
-        """Pixels as the model takes them."""
-        image = decode_image(content, max_pixels=self.limits.max_pixels)
-        return self.processor(images=image, return_tensors="pt")["pixel_values"]
-
-    def _inputs(self, prompt: str, caches: list[VoCoCache]) -> dict[str, Any]:
-        """What `generate` takes."""
-        options = {"add_special_tokens": not starts_with_bos(prompt, self.processor), "return_tensors": "pt"}
-        if not caches:
-            return dict(self.processor(text=prompt, **options).to(self.model.device))
-        cache = VoCoCache.cat(caches).to(self.model.device)
-        inputs = self.processor(text=prompt, voco_cache=cache, **options).to(self.model.device)
-        return {**inputs, "voco_cache": cache}
-
-    def _build_generation_config(
-        self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
-    ) -> GenerationConfig:
-        config = super()._build_generation_config(body, model_generation_config, use_cb)
-        if body.get("temperature") is not None:
-            config.do_sample = body["temperature"] >= MIN_TEMPERATURE
-        if body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
-            config.max_new_tokens = self.limits.max_tokens
-        return config
-
-    def _bound_tokens(self, config: GenerationConfig, num_prompt_tokens: int) -> None:
-        """
-        Raises:
-            HTTPException: if the prompt leaves no room for an answer.
-        """
-        window = self.model.config.text_config.max_position_embeddings
-        if num_prompt_tokens >= window:
-            raise HTTPException(
-                400,
-                f"the prompt has {num_prompt_tokens} tokens, but this model reads at most {window} with the answer",
+    def _check_tokens(self, prompt: str, num_images: int) -> None:
+        """Tokens of images can also be put together from the ends of two texts."""
+        processor = self.processor
+        found = prompt.count(processor.image_token)
+        if found != num_images or processor.video_token in prompt or processor.voco_token in prompt:
+            raise ValueError(
+                f"the messages make a prompt with {found} {processor.image_token} tokens for {num_images} images: "
+                "send images as parts of type image_url"
             )
-        config.max_new_tokens = min(config.max_new_tokens, window - num_prompt_tokens)
 
-    # What stands in a response
+    def _tokenize(self, prompt: str, num_images: int, num_voco_tokens: int) -> list[int]:
+        options: dict[str, Any] = {"add_special_tokens": not starts_with_bos(prompt, self.processor)}
+        if num_images:
+            # Stands in for images that are not compressed yet: the processor looks at their numbers alone
+            blank = torch.zeros(num_images * num_voco_tokens, 1, 1, 1)
+            options["voco_cache"] = VoCoCache(blank, blank, [num_voco_tokens] * num_images, {})
+        return self.processor(text=prompt, **options)["input_ids"][0]
 
-    def _build_completion(self, *args: Any, **kwargs: Any) -> dict:
-        return super()._build_completion(*args, **self._with_cached_tokens(kwargs))
+    def _max_tokens(self, asked: Asked) -> int:
+        body = asked.body
+        wanted = body.get("max_completion_tokens") or body.get("max_tokens") or self.limits.max_tokens
+        return min(wanted, self.window - len(asked.input_ids))
 
-    def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
-        return super()._build_chunk_sse(*args, **self._with_cached_tokens(kwargs))
+    def _picture(self, content: bytes, num_voco_tokens: int) -> Picture:
+        """An image that was seen before, or small enough to wait."""
+        content_hash = hash_bytes(content)
+        known = self.engine.images.get(content_hash, num_voco_tokens)
+        if known is not None:
+            return Picture(content_hash, known)
+        with bad_requests():
+            image = decode_image(content, max_pixels=self.limits.max_pixels)
+            pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        return Picture(content_hash, pixel_values=pixel_values)
 
-    def _with_cached_tokens(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The same, with the cached tokens among its usage, if it has one."""
-        if kwargs.get("usage") is not None:
-            kwargs["usage"].prompt_tokens_details = PromptTokensDetails(cached_tokens=self.cached_tokens)
-        return kwargs
+    # What stands in a stream
+
+    async def _events(self, job: Job, reply: "Reply", include_usage: bool) -> AsyncIterator[str]:
+        yield reply.chunk(ChoiceDelta(role="assistant", content=""))
+        answer = self.engine.submit(job)
+        try:
+            async for piece in answer:
+                yield reply.chunk(ChoiceDelta(content=piece))
+            yield reply.chunk(ChoiceDelta(), answer.finish_reason)
+            if include_usage:
+                yield reply.usage_chunk(answer)
+        except RuntimeError as error:
+            yield event(json.dumps(error_body(500, str(error))))
+        finally:
+            answer.cancel()
+        yield event("[DONE]")
 
 
-__all__ = ["VoCoChatCompletionHandler"]
+class Reply:
+    """
+    What a response says of an answer.
+
+    Args:
+        request_id (`str`): Its name.
+        model_id (`str`): The model's.
+        num_prompt_tokens (`int`): Tokens of the prompt.
+    """
+
+    def __init__(self, request_id: str, model_id: str, num_prompt_tokens: int):
+        self.about: dict[str, Any] = {"id": request_id, "model": model_id, "created": int(time.time())}
+        self.num_prompt_tokens = num_prompt_tokens
+
+    def whole(self, text: str, answer: Answer) -> dict[str, Any]:
+        """All of it."""
+        message = ChatCompletionMessage(role="assistant", content=text)
+        choice = Choice(index=0, message=message, finish_reason=answer.finish_reason or "stop", logprobs=None)
+        usage = self._usage(answer)
+        completion = ChatCompletion(object="chat.completion", choices=[choice], usage=usage, **self.about)
+        return completion.model_dump(exclude_unset=True)
+
+    def chunk(self, delta: ChoiceDelta, finish_reason: Any = None) -> str:
+        """An event with a piece of it, or with the reason for its end."""
+        choices = [ChunkChoice(index=0, delta=delta, finish_reason=finish_reason)]
+        chunk = ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self.about)
+        return event(chunk.model_dump_json(exclude_unset=True))
+
+    def usage_chunk(self, answer: Answer) -> str:
+        """The last event, if it was asked for."""
+        usage = self._usage(answer)
+        chunk = ChatCompletionChunk(object="chat.completion.chunk", choices=[], usage=usage, **self.about)
+        return event(chunk.model_dump_json(exclude_unset=True))
+
+    def _usage(self, answer: Answer) -> CompletionUsage:
+        return CompletionUsage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=answer.num_tokens,
+            total_tokens=self.num_prompt_tokens + answer.num_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=answer.cached_tokens),
+        )
+
+
+def event(data: str) -> str:
+    return f"data: {data}\n\n"
+
+
+@contextmanager
+def bad_requests() -> Any:
+    """What is wrong with the values of a request, as a response."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise HTTPException(413, str(error)) from error
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+async def read(request: Request) -> bytes:
+    """The body of a request, which it does not keep as with `request.body()`."""
+    return b"".join([part async for part in request.stream()])
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What `work` returns; it is cancelled when the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+__all__ = ["ChatCompletions"]

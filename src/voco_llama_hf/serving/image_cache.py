@@ -1,6 +1,8 @@
 """Compressed images that were seen before, by the hash of their content."""
 
 import hashlib
+import logging
+import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,9 @@ from ..store import Content, VoCoStore
 
 
 IMAGE = ""  # the sampling of what is no video
+STORE_ERRORS = (OSError, ValueError, KeyError, sqlite3.Error)
+
+logger = logging.getLogger(__name__)
 
 
 class ImageCache:
@@ -33,6 +38,7 @@ class ImageCache:
         self._lock = Lock()
         self._store_path, self._fingerprint = store, fingerprint
         self._store: VoCoStore | None = None
+        self._warned: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -57,16 +63,43 @@ class ImageCache:
         """
         if (known := self.get(content_hash, num_voco_tokens)) is not None:
             return known, True
-        store = self.open_store()
-        if store is not None and store.contains(content_hash, num_voco_tokens, IMAGE):
-            cache = store.get(content_hash, num_voco_tokens, IMAGE)
-            self._put(content_hash, num_voco_tokens, cache)
-            return cache, True
-        cache = compress().to("cpu")
+        cache = self._read_stored(content_hash, num_voco_tokens)
+        is_known = cache is not None
+        if cache is None:
+            cache = compress().to("cpu")
+            self._write_stored(content_hash, num_voco_tokens, cache)
         self._put(content_hash, num_voco_tokens, cache)
-        if store is not None:
+        return cache, is_known
+
+    def _read_stored(self, content_hash: str, num_voco_tokens: int) -> VoCoCache | None:
+        """An image from the store; `None` as well if what is there cannot be read, so that it is compressed again."""
+        if self._store_path is None:
+            return None
+        try:
+            store = self._open_store(self._store_path)
+            if store.contains(content_hash, num_voco_tokens, IMAGE):
+                return store.get(content_hash, num_voco_tokens, IMAGE)
+        except STORE_ERRORS as error:
+            self._warn_once("read from", error)
+        return None
+
+    def _write_stored(self, content_hash: str, num_voco_tokens: int, cache: VoCoCache) -> None:
+        """Puts an image into the store; the answer does not depend on whether it can be."""
+        if self._store_path is None:
+            return
+        try:
+            store = self._open_store(self._store_path)
+            # What is there could not be read, and would be left as it is
+            if store.contains(content_hash, num_voco_tokens, IMAGE):
+                store.remove(content_hash, num_voco_tokens, IMAGE)
             store.add([Content(content_hash)], [cache])
-        return cache, False
+        except STORE_ERRORS as error:
+            self._warn_once("write to", error)
+
+    def _warn_once(self, doing: str, error: Exception) -> None:
+        if doing not in self._warned:
+            self._warned.add(doing)
+            logger.warning("cannot %s the store %s, and goes on without: %s", doing, self._store_path, error)
 
     def _put(self, content_hash: str, num_voco_tokens: int, cache: VoCoCache) -> None:
         with self._lock:
@@ -75,10 +108,10 @@ class ImageCache:
             while self.nbytes > self.max_bytes:
                 self.nbytes -= self._entries.popitem(last=False)[1].nbytes
 
-    def open_store(self) -> VoCoStore | None:
+    def _open_store(self, path: Path) -> VoCoStore:
         """The store, opened by the thread that uses it: SQLite ties a connection to its thread."""
-        if self._store is None and self._store_path is not None:
-            self._store = VoCoStore(self._store_path, self._fingerprint)
+        if self._store is None:
+            self._store = VoCoStore(path, self._fingerprint)
         return self._store
 
 

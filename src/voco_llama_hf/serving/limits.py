@@ -23,6 +23,7 @@ class Limits:
         max_tokens (`int`): Tokens of an answer; more is answered with 400.
         max_queue (`int`): Requests that are answered or wait; more is answered with 429.
         read_seconds (`float`): Seconds that a request may take to arrive; more is answered with 408.
+        stall_seconds (`float`): Seconds of it without a byte; more is answered with 408.
     """
 
     max_request_bytes: int = 20_000_000
@@ -31,6 +32,7 @@ class Limits:
     max_tokens: int = 1024
     max_queue: int = 64
     read_seconds: float = 30
+    stall_seconds: float = 5
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
@@ -41,73 +43,94 @@ def error_body(status: int, message: str) -> dict[str, Any]:
 
 class LimitMiddleware:
     """
-    Counts the requests that are under way and reads their bodies, up to the bounds. A request counts until its
-    connection is done with, however it ends.
+    Reads the bodies of requests, up to the bounds, and counts the requests that are under way. A request counts from
+    when it is there, so that those that never arrive keep nobody out, until its connection is done with, however it
+    ends.
     """
 
     def __init__(self, app: Any, limits: Limits):
         self.app = app
         self.limits = limits
         self.under_way = 0
+        self.arriving_bytes = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if self.under_way >= self.limits.max_queue:
-            message = f"{self.under_way} requests are under way, which is all that this server takes on: try again"
-            return await refuse(send, 429, message, retry_after=1)
-        self.under_way += 1
+        if self._is_full():
+            return await self._refuse_more(send)
         try:
-            await self._pass_on(scope, receive, send)
-        finally:
-            self.under_way -= 1
-
-    async def _pass_on(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        try:
-            async with asyncio.timeout(self.limits.read_seconds):
-                body = await read_body(scope, receive, self.limits.max_request_bytes)
+            body = await self._read(scope, receive)
         except TimeoutError:
-            return await refuse(send, 408, f"the request did not arrive within {self.limits.read_seconds:g} seconds")
+            return await refuse(send, 408, "the request did not arrive: it took too long")
         except OverflowError:
             message = f"the request is too large: at most {self.limits.max_request_bytes:,} bytes are read"
             return await refuse(send, 413, message)
         if body is None:
             return None  # the client has gone
-        is_read = False
+        if self._is_full():
+            return await self._refuse_more(send)
+        self.under_way += 1
+        again = replay(body, receive)
+        del body  # which is not to wait for the answer too
+        try:
+            await self.app(scope, again, send)
+        finally:
+            self.under_way -= 1
 
-        async def replay() -> dict[str, Any]:
-            nonlocal is_read
-            if is_read:
-                return await receive()
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
+    def _is_full(self) -> bool:
+        limits = self.limits
+        too_many = self.under_way >= limits.max_queue
+        return too_many or self.arriving_bytes >= limits.max_queue * limits.max_request_bytes
 
-        await self.app(scope, replay, send)
+    async def _refuse_more(self, send: Send) -> None:
+        message = f"{self.under_way} requests are under way, which is all that this server takes on: try again"
+        await refuse(send, 429, message, retry_after=1)
+
+    async def _read(self, scope: dict[str, Any], receive: Receive) -> bytes | None:
+        """
+        The body of a request, or `None` if the client went away.
+
+        Raises:
+            OverflowError: if it is larger than `max_request_bytes`.
+            TimeoutError: if it does not arrive.
+        """
+        max_bytes = self.limits.max_request_bytes
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > DRAINED * max_bytes:
+            raise OverflowError
+        parts: list[bytes] = []
+        size, kept, more = 0, 0, True
+        try:
+            async with asyncio.timeout(self.limits.read_seconds):
+                # A little too much is read to its end and forgotten: a client that is still sending would not hear
+                while more and size <= DRAINED * max_bytes:
+                    async with asyncio.timeout(self.limits.stall_seconds):
+                        message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= max_bytes:
+                        parts.append(part)
+                        kept += len(part)
+                        self.arriving_bytes += len(part)
+                    more = message.get("more_body", False)
+        finally:
+            self.arriving_bytes -= kept
+        if size > max_bytes:
+            raise OverflowError
+        return b"".join(parts)
 
 
-async def read_body(scope: dict[str, Any], receive: Receive, max_bytes: int) -> bytes | None:
-    """
-    The body of a request, or `None` if the client went away.
+def replay(body: bytes, receive: Receive) -> Receive:
+    """What a request receives whose body was read already."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    Raises:
-        OverflowError: if it is larger than `max_bytes`.
-    """
-    announced = dict(scope["headers"]).get(b"content-length", b"0")
-    if announced.isdigit() and int(announced) > DRAINED * max_bytes:
-        raise OverflowError
-    parts, size, more = [], 0, True
-    # A little too much is read to its end and forgotten: a client that is still sending would not hear the answer
-    while more and size <= DRAINED * max_bytes:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        size += len(message.get("body", b""))
-        if size <= max_bytes:
-            parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    if size > max_bytes:
-        raise OverflowError
-    return b"".join(parts)
+    async def again() -> dict[str, Any]:
+        return messages.pop() if messages else await receive()
+
+    return again
 
 
 async def refuse(send: Send, status: int, message: str, retry_after: int | None = None) -> None:

@@ -3,23 +3,36 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pydantic_core
 from fastapi import HTTPException
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from ..modeling import VoCoLlamaProcessor
 from .limits import Limits
 
 
-# What would change the answer and is not done: better refused than ignored
-REFUSED = ("audio", "chat_template_kwargs", "function_call", "functions", "generation_config", "prediction", "tools")
+PARAMETERS = {*CompletionCreateParamsBase.__annotations__, "stream", "num_voco_tokens"}
+SUPPORTED = {
+    "messages", "model", "stream", "stream_options", "num_voco_tokens", "max_tokens", "max_completion_tokens", "stop",
+    "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "n",
+}  # fmt: skip
+# What says who asks, and changes no answer
+IGNORED = {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user"}
+# Ways to ask for what is done anyway; everything else that is not supported is refused: better than ignored
+NOTHING: tuple[Any, ...] = (None, False, [], {}, "none", 0)
+DEFAULTS = {"parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"]}
 BOUNDS = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
-    "frequency_penalty": (-0.99, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
 }
-MAX_STOPS = 4
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 1000
+MAX_COMMAS = 500_000  # what JSON with more holds are values without end, and nothing else runs while it is parsed
+MESSAGE_KEYS = {"role", "content", "name"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Question:
     """
     Args:
@@ -31,13 +44,34 @@ class Question:
     urls: list[str]
 
 
+def parse_body(content: bytes) -> dict[str, Any]:
+    """
+    The JSON object of a request.
+
+    Raises:
+        HTTPException: if it is none, or holds text that is none, such as half a surrogate pair.
+    """
+    if content.count(b",") > MAX_COMMAS:
+        raise HTTPException(413, f"the request is too large: it holds more than {MAX_COMMAS:,} values")
+    try:
+        body = pydantic_core.from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise HTTPException(400, f"the body of a request is a JSON object: {error}") from error
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the body of a request is a JSON object")
+    return body
+
+
 def check_options(body: dict[str, Any], limits: Limits) -> None:
     """
     Raises:
-        HTTPException: if an option is of the wrong type or out of bounds, or not supported.
+        HTTPException: if an option is unknown, not supported, of the wrong type or out of bounds.
     """
-    if refused := [name for name in REFUSED if body.get(name)]:
-        raise HTTPException(400, f"{refused[0]} is not supported")
+    for name, value in body.items():
+        if name in SUPPORTED | IGNORED:
+            continue
+        if name not in PARAMETERS or (value not in NOTHING and value != DEFAULTS.get(name)):
+            raise HTTPException(400, f"{shown(name)[1:-1]} is not supported")
     if body.get("n") not in (None, 1):
         raise HTTPException(400, "n must be 1: a request gets one answer")
     for name, (low, high) in BOUNDS.items():
@@ -49,17 +83,46 @@ def check_options(body: dict[str, Any], limits: Limits) -> None:
         if value is not None and not (is_integer(value) and 1 <= value <= limits.max_tokens):
             raise HTTPException(400, f"{name} must be an integer from 1 to {limits.max_tokens}, got {shown(value)}")
     seed = body.get("seed")
-    if seed is not None and not (is_integer(seed) and 0 <= seed < 2**32):
-        raise HTTPException(400, f"seed must be an integer from 0 to {2**32 - 1}, got {shown(seed)}")
+    if seed is not None and not (is_integer(seed) and -(2**63) <= seed < 2**63):
+        raise HTTPException(400, f"seed must be an integer of 64 bits, got {shown(seed)}")
     if not isinstance(body.get("stream"), bool | None):
         raise HTTPException(400, "stream must be true or false")
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop")
-    if stop is not None and not (
-        isinstance(stop, list) and 1 <= len(stop) <= MAX_STOPS and all(isinstance(text, str) and text for text in stop)
+    check_stream_options(body)
+    parse_stops(body)
+
+
+def check_stream_options(body: dict[str, Any]) -> None:
+    """
+    Raises:
+        HTTPException: if they are not those of a stream, or of the wrong type.
+    """
+    options = body.get("stream_options")
+    if options is None:
+        return
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage"), bool | None):
+        raise HTTPException(400, 'stream_options are written {"include_usage": true}')
+    if not body.get("stream"):
+        raise HTTPException(400, "stream_options are for requests with stream")
+
+
+def parse_stops(body: dict[str, Any]) -> list[str]:
+    """
+    Texts at which an answer stops.
+
+    Raises:
+        HTTPException: if they are none, too many or too long.
+    """
+    stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MAX_STOPS
+        or not all(isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARACTERS for text in stops)
     ):
-        raise HTTPException(400, f"stop must be a string or a list of up to {MAX_STOPS} strings")
-    if body.get("logit_bias"):
-        raise HTTPException(400, "logit_bias is not supported")
+        message = (
+            f"stop must be a string or a list of up to {MAX_STOPS} strings of up to {MAX_STOP_CHARACTERS} letters"
+        )
+        raise HTTPException(400, message)
+    return stops
 
 
 def shown(value: Any) -> str:
@@ -75,15 +138,27 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def parse_messages(messages: Any, processor: VoCoLlamaProcessor, limits: Limits) -> Question:
+def parse_messages(messages: Any, processor: VoCoLlamaProcessor, limits: Limits, window: int) -> Question:
     """
     Messages in OpenAI's format for the chat template.
+
+    Args:
+        messages (`list[dict]`): As the request has them.
+        processor ([`VoCoLlamaProcessor`]): Whose tokens must not stand in a text.
+        limits ([`Limits`]): How many images there may be.
+        window (`int`): Tokens that the model reads; no more messages and parts are worth a look.
 
     Raises:
         HTTPException: if they are none, hold what the model cannot read, or too many images.
     """
     if not isinstance(messages, list) or not messages:
         raise HTTPException(400, "messages must be a list of at least one message")
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    num_parts = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+    if num_parts > window:
+        raise HTTPException(
+            400, f"the request has {num_parts:,} messages and parts, but this model reads at most {window} tokens"
+        )
     urls: list[str] = []
     parsed = [parse_message(message, processor, urls) for message in messages]
     if len(urls) > limits.max_images:
@@ -95,28 +170,34 @@ def parse_message(message: Any, processor: VoCoLlamaProcessor, urls: list[str]) 
     """One message; the URLs of its images are added to `urls`."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise HTTPException(400, "a message is an object with a role and a content")
+    # The answers of OpenAI's client have such keys, with nothing in them
+    for name, value in message.items():
+        if name not in MESSAGE_KEYS and value not in NOTHING:
+            raise HTTPException(400, f"{shown(name)} of a message is not supported")
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise HTTPException(400, "the content of a message is a string or a list of parts")
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            for token in (processor.image_token, processor.video_token, processor.voco_token):
-                if token in part["text"]:
-                    raise HTTPException(400, f"{token} stands for an image: send images as parts of type image_url")
-            parts.append({"type": "text", "text": part["text"]})
-        elif part.get("type") == "image_url":
-            image = part.get("image_url")
-            url = image.get("url") if isinstance(image, dict) else image
-            if not isinstance(url, str):
-                raise HTTPException(400, 'an image is {"type": "image_url", "image_url": {"url": "data:..."}}')
-            urls.append(url)
-            parts.append({"type": "image"})
-        else:
-            raise HTTPException(400, f"content parts are of type text and image_url, got {shown(part.get('type'))}")
+    parts = [parse_part(part, processor, urls) for part in content]
     return {"role": message["role"], "content": parts}
 
 
-__all__ = ["Question", "check_options", "is_integer", "parse_messages", "shown"]
+def parse_part(part: dict[str, Any], processor: VoCoLlamaProcessor, urls: list[str]) -> dict[str, Any]:
+    """One part of a message; the URL of an image is added to `urls`."""
+    if part.get("type") == "text" and isinstance(part.get("text"), str):
+        for token in (processor.image_token, processor.video_token, processor.voco_token):
+            if token in part["text"]:
+                raise HTTPException(400, f"{token} stands for an image: send images as parts of type image_url")
+        return {"type": "text", "text": part["text"]}
+    if part.get("type") == "image_url":
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        if not isinstance(url, str):
+            raise HTTPException(400, 'an image is {"type": "image_url", "image_url": {"url": "data:..."}}')
+        urls.append(url)
+        return {"type": "image"}
+    raise HTTPException(400, f"content parts are of type text and image_url, got {shown(part.get('type'))}")
+
+
+__all__ = ["Question", "check_options", "is_integer", "parse_body", "parse_messages", "parse_stops", "shown"]

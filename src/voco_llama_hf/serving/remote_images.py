@@ -1,4 +1,4 @@
-"""Images behind URLs: `data:` always, `http:` and `https:` if they are allowed, and then of public addresses only."""
+"""Images behind URLs: in the URL itself, or remote if that is allowed, and then at public addresses only."""
 
 import asyncio
 import base64
@@ -16,48 +16,81 @@ TIMEOUT = 10.0
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
+# IANA's registries of special-purpose addresses, as of 2026; what Python calls global depends on its version
+IPV4_SPECIAL = [
+    ipaddress.IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/3",
+    )
+]
+IPV6_PUBLIC = ipaddress.IPv6Network("2000::/3")
+IPV6_SPECIAL = [
+    ipaddress.IPv6Network(network)
+    for network in (
+        "2001::/23",  # Teredo, which holds an address of IPv4, and others of protocols
+        "2001:db8::/32",
+        "2002::/16",  # 6to4, which holds an address of IPv4
+        "3fff::/20",
+    )
+]
+# The last 32 bits are an address of IPv4: as a socket that takes both writes it, and behind NAT64
+IPV4_IN_IPV6 = [ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Network("64:ff9b::/96")]
+
+
 def is_public(address: str) -> bool:
     """
-    Whether an IP address is one of the public internet: not private, loopback, link-local, multicast, reserved, nor
-    an IPv6 address that stands for such an IPv4 address.
+    Whether an IP address is one of the public internet: what is set aside for anything else is not, nor what stands
+    for such an address in another protocol.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # addresses of IPv4 behind NAT64
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if not all(part.is_global and not part.is_multicast for part in inner if part is not None):
-            return False
-        if ip.ipv4_mapped is not None:
-            return True
-    return ip.is_global and not ip.is_multicast
+        if not any(ip in network for network in IPV4_IN_IPV6):
+            return ip in IPV6_PUBLIC and not any(ip in network for network in IPV6_SPECIAL)
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return not any(ip in network for network in IPV4_SPECIAL)
 
 
 class ImageLoader:
     """
-    Reads the bytes of images.
+    Fetches the bytes of images.
 
     Args:
         allow_remote (`bool`):
             Whether `http:` and `https:` URLs are fetched.
-        max_bytes (`int`):
-            Bytes of a remote image.
         is_allowed (`Callable[[str], bool]`, *optional*):
             Which IP addresses may be connected to; those of the public internet by default.
     """
 
-    def __init__(self, allow_remote: bool, max_bytes: int, is_allowed: Callable[[str], bool] = is_public):
-        self.allow_remote, self.max_bytes, self.is_allowed = allow_remote, max_bytes, is_allowed
+    def __init__(self, allow_remote: bool, is_allowed: Callable[[str], bool] = is_public):
+        self.allow_remote, self.is_allowed = allow_remote, is_allowed
+        # Reading the certificates takes long, and a client of its own for each fetch shares no connection with others
+        self._certificates = httpx2.create_ssl_context() if allow_remote else True
 
-    async def load(self, url: str) -> bytes:
+    async def load(self, url: str, max_bytes: int) -> bytes:
         """
+        The bytes of an image.
+
+        Args:
+            url (`str`): Where it is.
+            max_bytes (`int`): Bytes that a remote image may have.
+
         Raises:
             HTTPException: if the URL is no image, remote and not allowed, or cannot be fetched.
         """
-        scheme = url.partition(":")[0].lower()
-        if scheme == "data":
-            return decode_data_url(url)
-        if scheme not in ("http", "https"):
+        if url.partition(":")[0].lower() not in ("http", "https"):
             raise HTTPException(400, "image_url must be a data: URL with the image in base64, or an http(s) URL")
         if not self.allow_remote:
             raise HTTPException(
@@ -65,11 +98,12 @@ class ImageLoader:
             )
         try:
             async with asyncio.timeout(TIMEOUT):
-                return await self._fetch(url)
-        except (TimeoutError, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+                return await self._fetch(url, max_bytes)
+        # ValueError: hosts and ports that no resolver takes
+        except (TimeoutError, httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, OverflowError) as error:
             raise HTTPException(400, f"the image at {shorten(url)} cannot be fetched") from error
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _fetch(self, url: str, max_bytes: int) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             target = httpx2.URL(url)
             # The address that was checked is the one that is connected to: a name may resolve otherwise next time
@@ -77,17 +111,20 @@ class ImageLoader:
             request = httpx2.Request(
                 "GET",
                 target.copy_with(host=address, userinfo=b""),
-                headers={"Host": target.netloc.decode("ascii"), "Accept": "image/*"},
+                headers={"Host": target.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"},
                 extensions={"sni_hostname": target.host, "timeout": httpx2.Timeout(TIMEOUT).as_dict()},
             )
-            async with httpx2.AsyncClient(trust_env=False) as client:
+            async with httpx2.AsyncClient(trust_env=False, verify=self._certificates) as client:
                 response = await client.send(request, stream=True, follow_redirects=False)
                 if response.status_code in REDIRECTS and "location" in response.headers:
                     url = str(target.join(response.headers["location"]))
                     continue
                 if response.status_code != 200:
                     raise HTTPException(400, f"the image at {shorten(url)} answers {response.status_code}")
-                return await self._read(response, url)
+                # Images are compressed as they are; what a few bytes are decoded to can be gigabytes
+                if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+                    raise HTTPException(400, f"the image at {shorten(url)} comes in a content encoding")
+                return await read(response, url, max_bytes)
         raise HTTPException(400, f"the image at {shorten(url)} is behind more than {MAX_REDIRECTS} redirects")
 
     async def _resolve(self, url: httpx2.URL) -> str:
@@ -100,14 +137,23 @@ class ImageLoader:
             raise HTTPException(400, f"{shorten(str(url))} is not a public address")
         return addresses[0]
 
-    async def _read(self, response: httpx2.Response, url: str) -> bytes:
-        parts, size = [], 0
-        async for part in response.aiter_bytes():
-            parts.append(part)
-            size += len(part)
-            if size > self.max_bytes:
-                raise HTTPException(413, f"the image at {shorten(url)} is larger than {self.max_bytes:,} bytes")
-        return b"".join(parts)
+
+async def read(response: httpx2.Response, url: str, max_bytes: int) -> bytes:
+    """
+    Raises:
+        HTTPException: if there are more bytes.
+    """
+    parts, size = [], 0
+    async for part in response.aiter_raw():
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            raise HTTPException(413, f"the image at {shorten(url)} is larger than {max_bytes:,} bytes")
+    return b"".join(parts)
+
+
+def is_data_url(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 def decode_data_url(url: str) -> bytes:
@@ -128,4 +174,4 @@ def shorten(url: str) -> str:
     return url if len(url) <= 100 else f"{url[:97]}..."
 
 
-__all__ = ["ImageLoader", "is_public"]
+__all__ = ["ImageLoader", "decode_data_url", "is_data_url", "is_public"]

@@ -1,23 +1,28 @@
-"""The application: transformers' server, its routes that are of use here, and errors in OpenAI's format."""
+"""The application: its routes, who may call them, and errors in OpenAI's format."""
 
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
 
-from .chat_completion import VoCoChatCompletionHandler
+from ..modeling.fingerprint_voco_llama import with_images
+from ..prompts import check_text_length, render
+from ..store import VoCoStore
+from .access import AccessMiddleware
+from .chat_completion import ChatCompletions
+from .engine import Engine
 from .image_cache import ImageCache
 from .limits import LimitMiddleware, Limits, error_body
-from .model_manager import VoCoModelManager
 from .remote_images import ImageLoader
 
 
-ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
+REQUEST_ID, MAX_REQUEST_ID = "x-request-id", 128
 
 
 def build_app(
@@ -28,6 +33,8 @@ def build_app(
     image_cache_bytes: int = 256_000_000,
     store: Path | None = None,
     allow_remote_images: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    api_keys: Sequence[str] = (),
 ) -> Any:
     """
     An ASGI application that answers like OpenAI's API.
@@ -47,40 +54,73 @@ def build_app(
             Folder of a [`VoCoStore`] to keep them in as well.
         allow_remote_images (`bool`, *optional*, defaults to `False`):
             Whether images are fetched from public addresses.
+        allowed_hosts (`Sequence[str]`, *optional*):
+            Names in the `Host` header that are answered, besides addresses and `localhost`; `"*"` is any.
+        api_keys (`Sequence[str]`, *optional*):
+            Keys of which a request must bring one. Without any, none is asked for.
 
     Raises:
-        ValueError: if the processor has no chat template, or the store is of another model.
+        ValueError: if the processor has no chat template or one that fails, or the store is of another model.
     """
     if processor.chat_template is None:
         raise ValueError(f"{model_id} has no chat template, which chat completions need")
+    greeting = render([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], processor)
+    check_text_length(greeting, processor, model.config.text_config.max_position_embeddings)
     limits = limits or Limits()
-    images = ImageCache(image_cache_bytes, store, model.fingerprint())
-    manager = VoCoModelManager(model, processor, model_id)
-    state = GenerationState()
+    made_by = with_images(model.fingerprint(), processor.image_processor)
     if store is not None:
         # A store that cannot be used is an error now, not at the first request
-        state.get_manager(model_id).submit(images.open_store).result()  # type: ignore[attr-defined]
-    loader = ImageLoader(allow_remote_images, limits.max_request_bytes)
-    chat = VoCoChatCompletionHandler(manager, state, images, loader, limits)
-    unused: Any = None
-    app: FastAPI = build_server(manager, chat, unused, unused, unused, unused, generation_state=state)
-    # The others would load any model that a request names, or forget this one
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+        VoCoStore(store, made_by).close()
+    engine = Engine(model, processor, ImageCache(image_cache_bytes, store, made_by))
+    loader = ImageLoader(allow_remote_images)
+    app = build_routes(model_id, engine, ChatCompletions(model_id, engine, loader, limits))
+    return AccessMiddleware(LimitMiddleware(app, limits), allowed_hosts, api_keys)
+
+
+def build_routes(model_id: str, engine: Engine, chat: ChatCompletions) -> FastAPI:
+    """The application without what stands in front of it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    about = {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "voco-llama-hf"}
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        request_id = request.headers.get(REQUEST_ID, "")[:MAX_REQUEST_ID] or f"chatcmpl-{uuid.uuid4().hex}"
+        response = await chat.answer(request, request_id)
+        response.headers[REQUEST_ID] = request_id
+        return response
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [about]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        if name != model_id:
+            raise HTTPException(404, f"this server has the model {model_id!r}")
+        return JSONResponse(about)
+
+    @app.get("/health")
+    async def health() -> Response:
+        if not engine.is_alive:
+            return JSONResponse({"status": "unhealthy"}, 503)
+        return JSONResponse({"status": "ok"})
+
     app.add_exception_handler(HTTPException, answer_error)
-    app.add_exception_handler(RequestValidationError, answer_invalid)
     app.add_exception_handler(Exception, answer_failure)
-    return LimitMiddleware(app, limits)
+    return app
 
 
-async def answer_error(request: Any, error: Any) -> JSONResponse:
+async def answer_error(request: Request, error: Any) -> JSONResponse:
     return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
 
 
-async def answer_invalid(request: Any, error: Any) -> JSONResponse:
-    return JSONResponse(error_body(400, "the body of a request is a JSON object"), 400)
-
-
-async def answer_failure(request: Any, error: Exception) -> JSONResponse:
+async def answer_failure(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(500, "the server failed to answer; its log says why"), 500)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import check_regular
+
 
 @dataclass(frozen=True)
 class Content:
@@ -36,8 +38,14 @@ class Content:
 
     @classmethod
     def of_file(cls, path: str | os.PathLike, sampling: str = "", metadata: dict[str, Any] | None = None) -> "Content":
-        """A file, known by its bytes. Its source is its absolute path."""
-        stat = os.stat(path)
+        """
+        A file, known by its bytes. Its source is its absolute path.
+
+        Raises:
+            ValueError: if it is a folder, a pipe, a socket or a device.
+            OSError: if it cannot be read.
+        """
+        stat = check_regular(path)
         source = str(Path(path).absolute())
         return cls(hash_file(path), sampling, source, stat.st_size, stat.st_mtime_ns, metadata or {})
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..images import open_image
 from ..modeling import VoCoCache, VoCoLlamaProcessor
+from ..modeling.fingerprint_voco_llama import Fingerprint, with_images
 from ..videos import is_video, read_frames
 from .content import Content
 from .processes import Processes
@@ -48,12 +49,28 @@ class Indexed:
 
 
 def find_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Images and videos in a folder and the folders in it, by their suffix, in order."""
+    """Images and videos in a folder and in those in it, by their suffix, and folders that cannot be read; in order."""
     from PIL import Image
 
     suffixes = Image.registered_extensions().keys() - {".pdf"}
-    files = (Path(root, name) for root, _, names in os.walk(os.fspath(folder)) for name in names)
-    return sorted(str(path.absolute()) for path in files if path.suffix.lower() in suffixes or is_video(path))
+    closed: list[str] = []
+    walk = os.walk(os.fspath(folder), onerror=lambda error: closed.append(os.path.abspath(error.filename)))
+    files = (Path(root, name) for root, _, names in walk for name in names)
+    found = [str(path.absolute()) for path in files if path.suffix.lower() in suffixes or is_video(path)]
+    return sorted(found + closed)
+
+
+def decode(path: str, sampling: Sampling) -> Iterator[Any]:
+    """
+    Frames of a video.
+
+    Raises:
+        ValueError: whatever its decoder stumbles over.
+    """
+    try:
+        yield from read_frames(path, sampling.num_frames, sampling.fps)
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 @dataclass
@@ -74,8 +91,8 @@ class FileReader(Dataset):
                 return path, Content.of_file(path, str(self.sampling)), None, None
             content = Content.of_file(path)
             return path, content, self.image_processor(open_image(path), return_tensors="pt")["pixel_values"][0], None
-        except (OSError, ValueError) as error:
-            return path, None, None, str(error)
+        except Exception as error:  # whatever is wrong with a file is wrong with this one alone
+            return path, None, None, str(error) or type(error).__name__
 
 
 @dataclass
@@ -122,8 +139,12 @@ class Indexer:
         self._repeated: list[Content] = []
         self._failures: dict[str, str] = {}
         # The index has one writer, which takes in the shards of all others
-        self.store = VoCoStore(self.path, self.model.fingerprint(), self.eight_bit) if self.processes.is_main else None
+        fingerprint = self._note_images(self.model.fingerprint())
+        self.store = VoCoStore(self.path, fingerprint, self.eight_bit) if self.processes.is_main else None
         self._eight_bit: bool = self.processes.broadcast(None if self.store is None else self.store.eight_bit)
+
+    def _note_images(self, fingerprint: dict[str, str]) -> Fingerprint:
+        return with_images(fingerprint, self.processor.image_processor)
 
     def select(self, files: Sequence[str]) -> list[str]:
         """This process's share of the files that are new or have changed."""
@@ -175,13 +196,14 @@ class Indexer:
         contents, pixels = zip(*self._images)
         self._images = []
         caches = self.model.compress(torch.stack(pixels).to(self.model.dtype), self.num_voco_tokens, self.batch_size)
+        caches.fingerprint = self._note_images(caches.fingerprint)
         for content, cache in zip(contents, caches):
             self._entries.append((content, cache.to("cpu")))
             yield Indexed(content.source, 1, self.num_voco_tokens)
 
     def _compress_video(self, content: Content) -> Indexed:
         try:
-            frames = read_frames(content.source, self.sampling.num_frames, self.sampling.fps)
+            frames = decode(content.source, self.sampling)
             pixels = (
                 batch.to(self.model.dtype) for batch in self.processor.iter_pixel_values(frames, self.batch_size)
             )
@@ -189,6 +211,7 @@ class Indexer:
         except (OSError, ValueError) as error:
             return self._fail(content.source, str(error))
         self._known.add((content.content_hash, content.sampling))
+        cache.fingerprint = self._note_images(cache.fingerprint)
         self._entries.append((content, cache))
         return Indexed(content.source, len(cache), sum(cache.token_counts))
 
@@ -206,7 +229,6 @@ class Indexer:
         """Into the index what only the other processes know, once all are done."""
         gathered: Iterable = self.processes.gather((self._repeated, self._failures))
         if self.store is not None:
-            self.store.adopt()
             for repeated, failures in gathered:
                 self.store.record(repeated)
                 self.store.record_failures(failures)

@@ -1,22 +1,31 @@
 """Shards: safetensors files with the VoCo tokens of many entries, which say themselves what they hold."""
 
+import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..modeling.cache_voco_llama import VoCoCache, apply_umask, check_fingerprint, digest
+from ..modeling.cache_voco_llama import VoCoCache, check_cache, digest
+from ..modeling.files_voco_llama import apply_umask, written_aside
+from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
+from .errors import DamagedError
+from .tensor_file import TensorFile
 
 
-FORMAT, VERSION = "voco_store_shard", "1"
+FORMAT, VERSION = "voco_store_shard", "2"
+UNCHECKED_VERSION = "1"  # without a checksum of its header
+ASIDE = "shard"  # what folders are called in which shards are written
+TENSORS = ("keys", "values", "key_scales", "value_scales")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -122,27 +131,22 @@ def save_shard(
         "dtype": str(dtype).removeprefix("torch."),
         "records": json.dumps([asdict(record) for record in records]),
     }
+    metadata["sha256"] = _header_digest(metadata, {name: _described(tensor) for name, tensor in tensors.items()})
     path = folder / f"{uuid4().hex}.safetensors"
-    aside = path.with_suffix(".part")
-    try:
+    with written_aside(path, group=ASIDE) as aside:
         save_file(tensors, aside, metadata=metadata)
         apply_umask(aside)
-        _to_disk(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _to_disk(folder)
     return path
 
 
-def _to_disk(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _described(tensor: torch.Tensor) -> tuple[str, list[int]]:
+    return str(tensor.dtype), list(tensor.shape)
+
+
+def _header_digest(metadata: dict[str, str], tensors: dict[str, tuple[str, list[int]]]) -> str:
+    """SHA-256 of what a shard says of its tensors; that of the tensors themselves is in the records."""
+    said = {name: metadata[name] for name in ("fingerprint", "dtype", "records")}
+    return hashlib.sha256(json.dumps([said, tensors], sort_keys=True).encode()).hexdigest()
 
 
 class Shard:
@@ -151,51 +155,104 @@ class Shard:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or something else.
+        DamagedError: if it is damaged or something else.
+        OSError: if it cannot be read.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._file = safe_open(str(path), framework="pt")
-            metadata = self._file.metadata() or {}
-            if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+        self._file = TensorFile(path)
+        metadata, layout = self._file.metadata, self._file.layout
+        with self._damaged():
+            if metadata.get("format") != FORMAT or metadata.get("version") not in (VERSION, UNCHECKED_VERSION):
                 raise ValueError(f"it is not a shard of version {VERSION}")
-            self.fingerprint: dict[str, str] = json.loads(metadata["fingerprint"])
-            self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
+            _check_layout({name: (dtype, shape) for name, (dtype, shape, _, _) in layout.items()})
+            tensors = {name: (str(dtype), list(shape)) for name, (dtype, shape, _, _) in layout.items()}
+            if metadata["version"] == VERSION and metadata["sha256"] != _header_digest(metadata, tensors):
+                raise ValueError("its header does not match its checksum")
+            self.fingerprint = _texts(json.loads(metadata["fingerprint"]))
+            self.dtype = DTYPES[metadata["dtype"]]
+            self.num_tokens = layout["keys"][1][0]
             self._records = metadata["records"]
-        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing") from error
-            raise ValueError(f"{path} is damaged: {error}") from error
 
-    @property
-    def num_tokens(self) -> int:
-        return self._file.get_slice("keys").get_shape()[0]
+    @contextmanager
+    def _damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+            raise DamagedError(f"{self.path} is damaged: {error}") from error
 
-    def records(self) -> Iterator[Record]:
-        for record in json.loads(self._records):
-            yield Record(**{**record, "content": Content(**record["content"])})
+    def close(self) -> None:
+        self._file.close()
+
+    def records(self) -> list[Record]:
+        """
+        What it holds.
+
+        Raises:
+            DamagedError: if that does not fit its tensors.
+        """
+        with self._damaged():
+            return [self._record(said) for said in json.loads(self._records)]
+
+    def _record(self, said: dict[str, Any]) -> Record:
+        record = Record(**{**said, "content": Content(**said["content"])})
+        content = record.content
+        texts = (content.content_hash, content.sampling, content.source, record.sha256, record.added)
+        sizes = (content.size, record.first_token)
+        counts = (record.num_voco_tokens, record.num_images)
+        if not (
+            all(type(text) is str for text in texts)
+            and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+            and all(type(count) is int and 0 < count <= self.num_tokens for count in counts)
+            and type(content.mtime_ns) is int
+            and -(2**63) <= content.mtime_ns < 2**63
+            and isinstance(content.metadata, dict)
+            and record.first_token + record.num_tokens <= self.num_tokens
+        ):
+            raise ValueError("an entry does not fit its tensors")
+        return record
 
     def tensors(self, first_token: int, num_tokens: int, sha256: str) -> Tensors:
         """
         The tensors of an entry as they are stored.
 
         Raises:
-            ValueError: if they do not match their checksum.
+            DamagedError: if they do not match their checksum.
+            OSError: if they cannot be read.
         """
-        rows = slice(first_token, first_token + num_tokens)
-        names = ("keys", "values", "key_scales", "value_scales")
-        tensors = {name: self._file.get_slice(name)[rows] for name in names if name in self._file.keys()}  # noqa: SIM118
+        names = [name for name in TENSORS if name in self._file.layout]
+        tensors = {name: self._file.rows(name, first_token, num_tokens) for name in names}
         if digest(*tensors.values()) != sha256:
-            raise ValueError(f"{self.path} is damaged: an entry does not match its checksum")
+            raise DamagedError(f"{self.path} is damaged: an entry does not match its checksum")
         return tensors
 
     def read(self, first_token: int, num_images: int, num_voco_tokens: int, sha256: str) -> VoCoCache:
         """An entry as a cache, in the dtype that it was compressed in."""
         tensors = self.tensors(first_token, num_images * num_voco_tokens, sha256)
-        keys, values = tensors["keys"], tensors["values"]
-        if "key_scales" in tensors:
-            keys = dequantize(keys, tensors["key_scales"], self.dtype)
-            values = dequantize(values, tensors["value_scales"], self.dtype)
-        return VoCoCache(keys, values, [num_voco_tokens] * num_images, self.fingerprint)
+        with self._damaged():
+            keys, values = tensors["keys"], tensors["values"]
+            if "key_scales" in tensors:
+                keys = dequantize(keys, tensors["key_scales"], self.dtype)
+                values = dequantize(values, tensors["value_scales"], self.dtype)
+            elif keys.dtype != self.dtype:
+                raise ValueError(f"its keys are {keys.dtype}, not {self.dtype}")
+            cache = VoCoCache(keys, values, [num_voco_tokens] * num_images, self.fingerprint)
+            check_cache(cache, what="an entry")
+            return cache
+
+
+def _check_layout(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Keys and values of one shape and dtype, and in 8 bits a scale for every head of every token."""
+    dtype, shape = layout["keys"]
+    expected = {"keys": (dtype, shape), "values": (dtype, shape)}
+    if dtype == torch.int8:
+        expected |= dict.fromkeys(("key_scales", "value_scales"), (torch.bfloat16, shape[:-1]))
+    if layout != expected or len(shape) != 4:
+        raise ValueError("its tensors are not those of a shard")
+
+
+def _texts(said: Any) -> dict[str, str]:
+    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+        raise ValueError("its fingerprint is no object of texts")
+    return said

@@ -1,9 +1,11 @@
-"""`VoCoStore`: a folder of shards and an SQLite index of what is in them."""
+"""`VoCoStore`: a folder of shards and an index of what is in them."""
 
 import json
+import logging
 import os
-import sqlite3
+import re
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,40 +15,23 @@ from typing import Any
 
 import torch
 
-from ..modeling.cache_voco_llama import VoCoCache, check_fingerprint
+from ..files import inside, remove_abandoned
+from ..modeling.cache_voco_llama import VoCoCache
+from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
-from .shards import Record, Shard, save_shard, single_k, write_shard
+from .errors import DamagedError
+from .index import DamagedRow, Index, Row
+from .shards import ASIDE, Record, Shard, save_shard, single_k, write_shard
 
 
 INDEX, SHARDS = "index.sqlite", "shards"
-VERSION = "1"
 COMPACT_TOKENS = 4_096  # VoCo tokens that a shard of compact has at least
 HASH_DIGITS = 8  # of a hash that make a name
-PART_SECONDS = 3_600  # without a change, after which nobody is writing a shard any more
+OPEN_SHARDS = 8  # shards that stay open for the next entry
+OLD_PARTS = re.compile(r"[0-9a-f]{32}\.part|\.tmp\w{6}")  # what killed writers of the first version left
+PART_SECONDS = 3_600  # without a change, after which nobody is writing these any more
 
-SCHEMA = """
-CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE shards (id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, dropped INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE entries (
-    id INTEGER PRIMARY KEY,
-    content_hash TEXT NOT NULL,
-    num_voco_tokens INTEGER NOT NULL,
-    sampling TEXT NOT NULL,
-    num_images INTEGER NOT NULL,
-    size INTEGER NOT NULL,
-    metadata TEXT NOT NULL,
-    added TEXT NOT NULL,
-    shard INTEGER NOT NULL REFERENCES shards,
-    first_token INTEGER NOT NULL,
-    sha256 TEXT NOT NULL,
-    UNIQUE (content_hash, num_voco_tokens, sampling)
-);
-CREATE INDEX entries_of_shard ON entries (shard);
-CREATE TABLE sources (
-    source TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, content_hash TEXT, error TEXT
-);
-CREATE INDEX sources_of_content ON sources (content_hash);
-"""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,8 +68,9 @@ class VoCoStore:
     r"""
     A folder of compressed images and videos, each stored once, under the hash of its content and its k.
 
-    One process writes at a time, any number read meanwhile. A write is all or nothing: a shard is on the disk under
-    its name before it is in the index, and one that a killed writer left is taken into the index by the next.
+    One process writes at a time, any number read meanwhile, also where nothing can be written. A write is all or
+    nothing: a shard is on the disk under its name before it is in the index, and one that a killed writer left is
+    taken into the index by the next. Reading deletes nothing.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -97,7 +83,9 @@ class VoCoStore:
 
     Raises:
         FileNotFoundError: if there is no store and no `fingerprint` to make one.
-        ValueError: if the store was made by another model, with another `eight_bit`, or is damaged.
+        ValueError: if the store was made by another model or with another `eight_bit`.
+        DamagedError: if its index is damaged; it is a `ValueError`.
+        OSError: if it cannot be read or made: a full disk, a failing one, no permission.
 
     Example:
 
@@ -114,44 +102,49 @@ class VoCoStore:
     ):
         self.path = Path(path)
         self.shards = self.path / SHARDS
-        if not (self.path / INDEX).is_file():
+        self._open_shards: OrderedDict[str, tuple[tuple, Shard]] = OrderedDict()
+        self.left_out: dict[str, str] = {}
+        about = None
+        if fingerprint is not None:
+            about = {"fingerprint": json.dumps(fingerprint), "eight_bit": json.dumps(bool(eight_bit))}
+        if not os.path.lexists(self.path / INDEX):
             if fingerprint is None:
                 raise FileNotFoundError(f"no VoCoStore at {self.path}")
             self.shards.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path / INDEX, timeout=60, isolation_level=None)
+        if self.shards.is_symlink():
+            raise DamagedError(f"{self.shards} is a link, not a folder")
+        self._index = Index(self.path / INDEX, about)
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            with self._transaction():
-                if self._db.execute("PRAGMA schema_version").fetchone()[0] == 0:
-                    self._create(fingerprint, eight_bit)
-            about = dict(self._db.execute("SELECT name, value FROM about"))
-            if about["version"] != VERSION:
-                raise ValueError(f"{self.path} has VoCoStore version {about['version']}, this package reads {VERSION}")
-            self.fingerprint: dict[str, str] = json.loads(about["fingerprint"])
-            self.eight_bit: bool = json.loads(about["eight_bit"])
-        except (sqlite3.DatabaseError, KeyError) as error:
-            raise ValueError(f"{self.path / INDEX} is damaged: {error}") from error
-        if fingerprint is not None:
-            check_fingerprint(self.fingerprint, fingerprint, "this one", what=f"the store {self.path}")
-        if eight_bit is not None and eight_bit != self.eight_bit:
-            kept = "in 8 bits" if self.eight_bit else "as they were computed"
-            raise ValueError(f"the store {self.path} keeps keys and values {kept}, which cannot be changed")
-        self.adopt()
+            self.fingerprint, self.eight_bit = self._read_about()
+            if fingerprint is not None:
+                check_fingerprint(self.fingerprint, fingerprint, "this one", what=f"the store {self.path}")
+            if eight_bit is not None and eight_bit != self.eight_bit:
+                kept = "in 8 bits" if self.eight_bit else "as they were computed"
+                raise ValueError(f"the store {self.path} keeps keys and values {kept}, which cannot be changed")
+            try:
+                self.adopt()
+            except OSError as error:
+                # What is in the index can be read all the same
+                logger.warning("new shards stay out of the index of %s for now: %s", self.path, error)
+        except BaseException:
+            self.close()
+            raise
 
-    def _create(self, fingerprint: dict[str, str] | None, eight_bit: bool | None) -> None:
-        if fingerprint is None:
-            raise ValueError(f"{self.path / INDEX} is empty")
-        for statement in filter(str.strip, SCHEMA.split(";")):
-            self._db.execute(statement)
-        about = {
-            "version": VERSION,
-            "fingerprint": json.dumps(fingerprint),
-            "eight_bit": json.dumps(bool(eight_bit)),
-        }
-        self._db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+    def _read_about(self) -> tuple[dict[str, str], bool]:
+        try:
+            fingerprint = json.loads(self._index.about["fingerprint"])
+            eight_bit = json.loads(self._index.about["eight_bit"])
+            if not isinstance(fingerprint, dict) or not all(isinstance(text, str) for text in fingerprint.values()):
+                raise ValueError("the fingerprint is no object of texts")
+            if not isinstance(eight_bit, bool):
+                raise ValueError(f"eight_bit is {eight_bit!r:.40}")
+        except (KeyError, ValueError, RecursionError) as error:
+            raise DamagedError(f"{self.path / INDEX} is damaged: {error}") from error
+        return fingerprint, eight_bit
 
     def close(self) -> None:
-        self._db.close()
+        self._index.close()
+        self._close_shards(list(self._open_shards))
 
     def __enter__(self) -> "VoCoStore":
         return self
@@ -165,17 +158,19 @@ class VoCoStore:
     # Reading
 
     def __len__(self) -> int:
-        return self._db.execute("SELECT count(*) FROM entries").fetchone()[0]
+        return len(self._index)
 
     def __iter__(self) -> Iterator[Entry]:
-        return map(self._entry, self._select("1"))
+        """Entries in the order of the shards. Rows of the index that are damaged are left out."""
+        sources: dict[str, tuple[str, ...]] = {}  # shared: a content may be stored at many k
+        return (self._entry(row, sources) for row in self._index.rows() if isinstance(row, Row))
 
     def __contains__(self, content_hash: str) -> bool:
         return self.contains(content_hash)
 
     def contains(self, content_hash: str, num_voco_tokens: int | None = None, sampling: str | None = None) -> bool:
         """Whether a content is stored, at any k and sampling unless they are named."""
-        return bool(self._rows(content_hash, num_voco_tokens, sampling))
+        return any(isinstance(row, Row) for row in self._index.rows(content_hash, num_voco_tokens, sampling))
 
     def get(self, content_hash: str, num_voco_tokens: int | None = None, sampling: str | None = None) -> VoCoCache:
         """
@@ -191,11 +186,13 @@ class VoCoStore:
 
         Raises:
             KeyError: if it is not stored.
-            ValueError: if there are several, or it is damaged.
+            ValueError: if there are several.
+            DamagedError: if it is damaged; `add` with `replace=True` puts a new one in its place.
+            OSError: if it cannot be read.
         """
-        rows = self._rows(content_hash, num_voco_tokens, sampling)
+        rows = list(self._index.rows(content_hash, num_voco_tokens, sampling))
         if len(rows) > 1:
-            found = ", ".join(f"k={row['num_voco_tokens']} {row['sampling']}".strip() for row in rows)
+            found = ", ".join(f"k={row.num_voco_tokens} {row.sampling}".strip() for row in rows)
             raise ValueError(f"{content_hash} is stored more than once: say which of {found}")
         if not rows:
             raise KeyError(f"{content_hash} is not in the store {self.path}")
@@ -208,41 +205,40 @@ class VoCoStore:
         Args:
             name (`str`): As in `"/photos/cat.png"`, `"cat.png"` or `"3f9a2c41"`.
         """
-        known = "SELECT content_hash FROM sources WHERE error IS NULL"
-        exact, ending = f"{known} AND source IN (?, ?)", f"{known} AND substr(source, -length(?1)) = ?1"
-        starting = "SELECT DISTINCT content_hash FROM entries WHERE substr(content_hash, 1, length(?1)) = ?1"
-        hashes = self._db.execute(exact, (name, os.path.abspath(name))).fetchall()
-        hashes = hashes or self._db.execute(ending, (os.sep + name,)).fetchall()
+        exact = [self._index.source(path) for path in dict.fromkeys((name, os.path.abspath(name)))]
+        found = [row for row in exact if row is not None and row["error"] is None]
+        found = found or [row for row in self._index.sources_ending(name) if row["error"] is None]
+        hashes = [row["content_hash"] for row in found]
         if not hashes and len(name) >= HASH_DIGITS:
-            hashes = self._db.execute(starting, (name,)).fetchall()
-        return [self._entry(row) for (content_hash,) in dict.fromkeys(hashes) for row in self._rows(content_hash)]
+            hashes = self._index.hashes_starting(name)
+        rows = (row for content_hash in dict.fromkeys(hashes) for row in self._index.rows(content_hash))
+        return [self._entry(row) for row in rows if isinstance(row, Row)]
 
     def failures(self) -> dict[str, str]:
         """Sources that could not be read, with the reason."""
-        return dict(self._db.execute("SELECT source, error FROM sources WHERE error IS NOT NULL ORDER BY source"))
+        return self._index.failures()
 
     def is_known(self, source: str, num_voco_tokens: int, sampling: str, size: int, mtime_ns: int) -> bool:
         """Whether a file is stored and has not changed since, judged by its size and time."""
-        row = self._db.execute(
-            "SELECT size, mtime_ns, content_hash FROM sources WHERE source = ?", (source,)
-        ).fetchone()
-        if row is None or row[:2] != (size, mtime_ns) or row[2] is None:
+        row = self._index.source(source)
+        if row is None or (row["size"], row["mtime_ns"]) != (size, mtime_ns) or row["content_hash"] is None:
             return False
-        return self.contains(row[2], num_voco_tokens, sampling)
+        return self.contains(row["content_hash"], num_voco_tokens, sampling)
 
     def addresses(self, num_voco_tokens: int) -> set[tuple[str, str]]:
         """Content hash and sampling of all that is stored at one k."""
-        select = "SELECT content_hash, sampling FROM entries WHERE num_voco_tokens = ?"
-        return set(self._db.execute(select, (num_voco_tokens,)))
+        rows = self._index.rows(num_voco_tokens=num_voco_tokens)
+        return {(row.content_hash, row.sampling) for row in rows if isinstance(row, Row)}
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the shards take on the disk."""
-        return sum(path.stat().st_size for path in self.shards.glob("*.safetensors"))
+        """Bytes that the shards take on the disk, with what killed writers have left until the next one comes."""
+        files = (Path(folder, name) for folder, _, names in os.walk(self.shards) for name in names)
+        return sum(path.lstat().st_size for path in files)
 
     # Writing
 
-    def add(self, contents: Sequence[Content], caches: Sequence[VoCoCache]) -> int:
+    def add(self, contents: Sequence[Content], caches: Sequence[VoCoCache], replace: bool = False) -> int:
         """
         Stores compressed images and videos in one shard. What is there already is left as it is.
 
@@ -251,12 +247,17 @@ class VoCoStore:
                 What each entry is.
             caches (`Sequence[VoCoCache]`):
                 One cache an entry: of one image, or of the frames of a video.
+            replace (`bool`, *optional*, defaults to `False`):
+                Whether they take the place of what is there, which may be damaged.
 
         Returns:
             `int`: How many entries are new.
 
         Raises:
             ValueError: if a cache was made by another model than the store, or an entry has several k.
+            NotWritableError: if the store can be read only; it is an `OSError`.
+            TimeoutError: if another process writes and does not come to an end; it is an `OSError`.
+            OSError: if the disk is full or fails. Nothing is changed then.
         """
         for cache in caches:
             check_fingerprint(cache.fingerprint, self.fingerprint, f"the store {self.path}")
@@ -264,33 +265,36 @@ class VoCoStore:
             new: dict[tuple, tuple[Content, VoCoCache]] = {}
             for content, cache in zip(contents, caches, strict=True):
                 key = content.content_hash, single_k(cache), content.sampling
-                if not self._rows(*key):
+                if replace or not self.contains(*key):
                     new.setdefault(key, (content, cache))
             if new:
                 fresh = list(zip(*new.values()))
                 path, records = write_shard(self.shards, fresh[0], fresh[1], self.eight_bit)
-                self._insert_shard(path.name, records)
-            self.record(contents)
+                for key in new:
+                    self._index.delete(*key)
+                self._index.insert_shard(path.name, records)
+                self._index.drop_empty_shards()
+            self._index.record(contents)
         return len(new)
 
     def adopt(self) -> None:
-        """Takes shards into the index that other processes, or a killed one, have left in the folder."""
-        if self._unknown_shards():
-            with self._write():
-                pass
+        """
+        Takes shards into the index that other processes, or a killed one, have left in the folder. Those that are
+        damaged or of another model are left where they are, and named in `left_out`.
+        """
+        if self._unknown_shards() and not self._index.obstacle:
+            with self._index.transaction():
+                self._adopt()
 
-    def record(self, contents: Iterable[Content], unless_newer: bool = False) -> None:
-        """Remembers sources of contents that are stored; `unless_newer` keeps what is known of later ones."""
-        rows = [(c.source, c.size, c.mtime_ns, c.content_hash) for c in contents if c.source]
-        replace = "UPDATE SET (size, mtime_ns, content_hash, error) = "
-        replace += "(excluded.size, excluded.mtime_ns, excluded.content_hash, NULL)"
-        later = " WHERE excluded.mtime_ns > mtime_ns" if unless_newer else ""
-        insert = "INSERT INTO sources VALUES (?, ?, ?, ?, NULL) ON CONFLICT (source) DO "
-        self._db.executemany(insert + replace + later, rows)
+    def record(self, contents: Iterable[Content]) -> None:
+        """Remembers sources of contents that are stored."""
+        with self._write():
+            self._index.record(contents)
 
     def record_failures(self, failures: dict[str, str]) -> None:
         """Remembers sources that could not be read, and why."""
-        self._db.executemany("INSERT OR REPLACE INTO sources VALUES (?, 0, 0, NULL, ?)", failures.items())
+        with self._write():
+            self._index.record_failures(failures)
 
     def remove(self, content_hash: str, num_voco_tokens: int | None = None, sampling: str | None = None) -> int:
         """
@@ -298,113 +302,113 @@ class VoCoStore:
 
         Returns:
             `int`: How many entries were removed.
+
+        Raises:
+            OSError: if the store cannot be written. Nothing is changed then.
         """
         with self._write():
-            rows = self._rows(content_hash, num_voco_tokens, sampling)
-            self._db.executemany("DELETE FROM entries WHERE id = ?", [(row["id"],) for row in rows])
-            if not self._rows(content_hash):
-                self._db.execute("DELETE FROM sources WHERE content_hash = ?", (content_hash,))
-            self._drop_empty_shards()
-        return len(rows)
+            number = self._index.delete(content_hash, num_voco_tokens, sampling)
+            if not list(self._index.rows(content_hash)):
+                self._index.forget_sources(content_hash)
+            self._index.drop_empty_shards()
+        return number
 
     def compact(self) -> int:
         """
-        Writes small shards, and those with removed entries, together into large ones.
+        Writes small shards, and those with removed entries, together into large ones. Damaged ones stay as they are.
 
         Returns:
             `int`: Bytes that were freed.
+
+        Raises:
+            OSError: if the store cannot be written. Nothing is lost then.
         """
         before = self.nbytes
         with self._write():
             for rows in self._rows_to_compact():
                 self._rewrite(rows)
-            self._drop_empty_shards()
-        for part in self.shards.glob("*.part"):
-            # What a living writer is at was touched a moment ago
-            if time.time() - part.stat().st_mtime > PART_SECONDS:
-                part.unlink(missing_ok=True)
+            self._index.drop_empty_shards()
         return before - self.nbytes
 
-    def verify(self) -> Iterator[tuple[Entry, str | None]]:
-        """Reads every entry: what it is, and what is wrong with it, if anything is."""
-        for row in self._select("1"):
-            problem = None
+    def verify(self) -> Iterator[tuple[Entry, DamagedError | OSError | None]]:
+        """
+        Reads every entry: what it is, and what is wrong with it, if anything is.
+
+        Raises:
+            DamagedError: if the index itself is damaged.
+        """
+        self._index.check()
+        for row in self._index.rows():
+            problem: DamagedError | OSError | None = None
             try:
                 self._read(row)
             except KeyError:
                 continue  # removed since
-            except ValueError as error:
-                problem = str(error)
+            except (DamagedError, OSError) as error:
+                problem = error
             yield self._entry(row), problem
 
-    # The index
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+    # How it is done
 
     @contextmanager
     def _write(self) -> Iterator[None]:
         """The only writer; first it takes in what others have left in the folder."""
-        with self._transaction():
-            for name in sorted(self._unknown_shards()):
-                shard = Shard(self.shards / name)
-                check_fingerprint(shard.fingerprint, self.fingerprint, f"the store {self.path}", what=f"shard {name}")
-                records = list(shard.records())
-                self._insert_shard(name, records)
-                self.record((record.content for record in records), unless_newer=True)
-            self._drop_empty_shards()
+        with self._index.transaction():
+            self._adopt()
             yield
-        self._unlink_dropped()
+        try:
+            self._clean()
+        except OSError as error:
+            # What was to be written is written
+            logger.warning("files that %s does not need any more stay for now: %s", self.path, error)
+
+    def _adopt(self) -> None:
+        for name in sorted(self._unknown_shards()):
+            try:
+                shard = Shard(inside(self.shards, name))
+                check_fingerprint(shard.fingerprint, self.fingerprint, f"the store {self.path}", what=f"shard {name}")
+                records = shard.records()
+                shard.close()
+            except (ValueError, FileNotFoundError) as error:
+                if self.left_out.setdefault(name, str(error)) == str(error):
+                    logger.warning("left out of the store %s: %s", self.path, error)
+                continue
+            self._index.insert_shard(name, records)
+            self._index.record((record.content for record in records), unless_newer=True)
+        self._index.drop_empty_shards()
 
     def _unknown_shards(self) -> set[str]:
-        known = {name for (name,) in self._db.execute("SELECT name FROM shards")}
-        return {path.name for path in self.shards.glob("*.safetensors")} - known
+        return {path.name for path in self.shards.glob("*.safetensors")} - self._index.shard_names()
 
-    def _insert_shard(self, name: str, records: Sequence[Record]) -> None:
-        shard = self._db.execute("INSERT INTO shards (name) VALUES (?)", (name,)).lastrowid
-        rows = [
-            (
-                record.content.content_hash,
-                record.num_voco_tokens,
-                record.content.sampling,
-                record.num_images,
-                record.content.size,
-                json.dumps(record.content.metadata),
-                record.added,
-                shard,
-                record.first_token,
-                record.sha256,
-            )
-            for record in records
-        ]
-        columns = (
-            "content_hash, num_voco_tokens, sampling, num_images, size, metadata, added, shard, first_token, sha256"
-        )
-        marks = ", ".join("?" * len(columns.split()))
-        self._db.executemany(f"INSERT OR IGNORE INTO entries ({columns}) VALUES ({marks})", rows)
+    def _clean(self) -> None:
+        """Removes files of shards that were dropped, and what killed writers have left."""
+        gone = []
+        for shard, name in self._index.dropped():
+            try:
+                path = inside(self.shards, name)
+            except ValueError:
+                gone.append(shard)  # no shard of ours has such a name
+                continue
+            self._close_shards([path.name])
+            if path.suffix == ".safetensors":
+                path.unlink(missing_ok=True)
+            gone.append(shard)
+        if gone:
+            with self._index.transaction():
+                self._index.forget_shards(gone)
+        remove_abandoned(self.shards, ASIDE)
+        for path in self.shards.iterdir():
+            if OLD_PARTS.fullmatch(path.name) and time.time() - path.lstat().st_mtime > PART_SECONDS:
+                path.unlink(missing_ok=True)
 
-    def _drop_empty_shards(self) -> None:
-        self._db.execute("UPDATE shards SET dropped = 1 WHERE id NOT IN (SELECT shard FROM entries)")
-
-    def _unlink_dropped(self) -> None:
-        """A dropped shard stays in the index until its file is gone, so that nobody takes it in again."""
-        for shard, name in self._db.execute("SELECT id, name FROM shards WHERE dropped").fetchall():
-            (self.shards / name).unlink(missing_ok=True)
-            self._db.execute("DELETE FROM shards WHERE id = ?", (shard,))
-
-    def _rows_to_compact(self) -> Iterator[list[sqlite3.Row]]:
+    def _rows_to_compact(self) -> Iterator[list[Row]]:
         """Entries of small shards and of shards with removed entries, as many together as a shard is to have."""
-        batches: dict[torch.dtype, list[list[sqlite3.Row]]] = {}
-        for _, group in groupby(self._select("1"), key=lambda row: row["shard"]):
+        batches: dict[torch.dtype, list[list[Row]]] = {}
+        intact = (row for row in self._index.rows() if isinstance(row, Row))
+        for name, group in groupby(intact, key=lambda row: row.shard):
             rows = list(group)
-            shard = Shard(self.shards / rows[0]["name"])
+            if (shard := self._sound_shard(name)) is None:
+                continue
             tokens, is_whole = _num_tokens(rows), _num_tokens(rows) == shard.num_tokens
             if is_whole and tokens >= COMPACT_TOKENS:
                 continue
@@ -414,72 +418,98 @@ class VoCoStore:
                 yield [row for rows in batches.pop(shard.dtype) for row in rows]
         for batch in batches.values():
             # One whole shard alone is as compact as can be
-            if len(batch) > 1 or _num_tokens(batch[0]) < Shard(self.shards / batch[0][0]["name"]).num_tokens:
+            if len(batch) > 1 or _num_tokens(batch[0]) < self._shard(batch[0][0].shard).num_tokens:
                 yield [row for rows in batch for row in rows]
 
-    def _rewrite(self, rows: list[sqlite3.Row]) -> None:
-        """Moves entries to a new shard, as they are stored."""
-        packed, records, start = [], [], 0
+    def _sound_shard(self, name: str) -> Shard | None:
+        try:
+            return self._shard(name)
+        except (DamagedError, FileNotFoundError):
+            return None
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        """Moves entries to a new shard, as they are stored; damaged ones stay."""
+        packed, records, moved, start = [], [], [], 0
         for row in rows:
-            shard = Shard(self.shards / row["name"])
-            num_tokens = _num_tokens([row])
-            packed.append(shard.tensors(row["first_token"], num_tokens, row["sha256"]))
-            entry = self._entry(row)
-            content = Content(
-                entry.content_hash, entry.sampling, next(iter(entry.sources), ""), entry.size, 0, entry.metadata
-            )
-            records.append(Record(content, entry.num_voco_tokens, entry.num_images, start, row["sha256"], entry.added))
-            start += num_tokens
-        path = save_shard(self.shards, packed, records, shard.fingerprint, shard.dtype)
-        self._db.executemany("DELETE FROM entries WHERE id = ?", [(row["id"],) for row in rows])
-        self._insert_shard(path.name, records)
+            shard = self._shard(row.shard)
+            try:
+                tensors = shard.tensors(row.first_token, row.num_tokens, row.sha256)
+            except DamagedError:
+                continue
+            dtype = shard.dtype
+            source = next(iter(self._index.sources_of(row.content_hash)), "")
+            content = Content(row.content_hash, row.sampling, source, row.size, 0, row.metadata)
+            records.append(Record(content, row.num_voco_tokens, row.num_images, start, row.sha256, row.added))
+            packed.append(tensors)
+            moved.append(row)
+            start += row.num_tokens
+        if moved:
+            path = save_shard(self.shards, packed, records, self.fingerprint, dtype)
+            self._index.delete_rows(moved)
+            self._index.insert_shard(path.name, records)
 
-    def _rows(
-        self, content_hash: str, num_voco_tokens: int | None = None, sampling: str | None = None
-    ) -> list[sqlite3.Row]:
-        where, values = "content_hash = ?", [content_hash]  # type: tuple[str, list[Any]]
-        for name, value in (("num_voco_tokens", num_voco_tokens), ("sampling", sampling)):
-            if value is not None:
-                where, values = f"{where} AND {name} = ?", [*values, value]
-        return self._select(where, values)
-
-    def _select(self, where: str, values: Sequence = ()) -> list[sqlite3.Row]:
-        cursor = self._db.cursor()
-        cursor.row_factory = sqlite3.Row
-        sources = "SELECT json_group_array(source) FROM sources WHERE sources.content_hash = entries.content_hash"
-        joined = f"SELECT entries.*, shards.name, ({sources}) AS sources FROM entries JOIN shards ON shards.id = shard"
-        return cursor.execute(f"{joined} WHERE {where} ORDER BY shard, first_token", values).fetchall()
-
-    def _entry(self, row: sqlite3.Row) -> Entry:
+    def _entry(self, row: Row | DamagedRow, known: dict[str, tuple[str, ...]] | None = None) -> Entry:
+        if isinstance(row, DamagedRow):
+            return Entry(row.content_hash, row.num_voco_tokens, row.sampling, 0, 0, {}, "", ())
+        known = {} if known is None else known
+        if row.content_hash not in known:
+            known[row.content_hash] = self._index.sources_of(row.content_hash)
         return Entry(
-            row["content_hash"],
-            row["num_voco_tokens"],
-            row["sampling"],
-            row["num_images"],
-            row["size"],
-            json.loads(row["metadata"]),
-            row["added"],
-            tuple(sorted(json.loads(row["sources"]))),
+            row.content_hash,
+            row.num_voco_tokens,
+            row.sampling,
+            row.num_images,
+            row.size,
+            row.metadata,
+            row.added,
+            known[row.content_hash],
         )
 
-    def _read(self, row: sqlite3.Row) -> VoCoCache:
+    def _read(self, row: Row | DamagedRow) -> VoCoCache:
         """An entry, also if another process has compacted the store since the index was read."""
         while True:
+            if isinstance(row, DamagedRow):
+                raise row.problem
             try:
-                shard = Shard(self.shards / row["name"])
-                return shard.read(row["first_token"], row["num_images"], row["num_voco_tokens"], row["sha256"])
+                shard = self._shard(row.shard)
+                return shard.read(row.first_token, row.num_images, row.num_voco_tokens, row.sha256)
             except FileNotFoundError as error:
-                rows = self._rows(row["content_hash"], row["num_voco_tokens"], row["sampling"])
+                rows = list(self._index.rows(row.content_hash, row.num_voco_tokens, row.sampling))
                 if not rows:
-                    raise KeyError(f"{row['content_hash']} is not in the store {self.path} any more") from error
+                    raise KeyError(f"{row.content_hash} is not in the store {self.path} any more") from error
                 # The index is written before a file goes, so an entry that has not moved is lost
-                if rows[0]["name"] == row["name"]:
-                    raise ValueError(f"the store {self.path} is damaged: {error}") from error
+                if isinstance(rows[0], Row) and rows[0].shard == row.shard:
+                    raise DamagedError(f"the store {self.path} is damaged: {row.shard} is missing") from error
                 row = rows[0]
 
+    def _shard(self, name: str) -> Shard:
+        """A shard by its name in the index; the ones used last stay open."""
+        try:
+            path = inside(self.shards, name)
+        except ValueError as error:
+            raise DamagedError(f"the store {self.path} is damaged: {error}") from error
+        found = path.lstat()
+        version = found.st_ino, found.st_size, found.st_mtime_ns
+        known, shard = self._open_shards.pop(name, (None, None))
+        if shard is None or known != version:
+            self._close_shards([name])
+            shard = Shard(path)
+            try:
+                check_fingerprint(shard.fingerprint, self.fingerprint, f"the store {self.path}", f"its shard {name}")
+            except ValueError as error:
+                raise DamagedError(str(error)) from error
+        self._open_shards[name] = version, shard
+        self._close_shards(list(self._open_shards)[:-OPEN_SHARDS])
+        return shard
 
-def _num_tokens(rows: Sequence[sqlite3.Row]) -> int:
-    return sum(row["num_images"] * row["num_voco_tokens"] for row in rows)
+    def _close_shards(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._open_shards:
+                self._open_shards.pop(name)[1].close()
+
+
+def _num_tokens(rows: Sequence[Row]) -> int:
+    return sum(row.num_tokens for row in rows)
 
 
 __all__ = ["Entry", "VoCoStore"]

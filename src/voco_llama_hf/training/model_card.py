@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,11 @@ import transformers
 import trl
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
 from ..hub import eval_result, make_card
 from ..hub.card import save_card
+from ..loading import is_hub_id
 from .distillation import bare
 
 
@@ -37,15 +38,18 @@ def write_training_card(
     args, config = trainer.args, bare(trainer.model).config
     folder = Path(args.output_dir)
     path = folder / REPOCARD_NAME
+    is_adapter = isinstance(trainer.model, PeftModel)
     origin = config._name_or_path
     card = make_card(
         config,
         trainer.processing_class,
-        trainer.hub_model_id or args.output_dir,
+        trainer.hub_model_id or folder.absolute().name,
         ModelCard.load(path) if path.is_file() else None,
         name=model_name or folder.absolute().name,
-        base_model=None if not origin or os.path.isdir(origin) else origin,
-        base_model_relation="adapter" if isinstance(trainer.model, PeftModel) else "finetune",
+        base_model=origin if origin and is_hub_id(origin) and not os.path.isdir(origin) else None,
+        base_model_relation="finetune" if not is_adapter else None,
+        is_adapter=is_adapter,
+        ships_code=not is_adapter,
         datasets=[dataset_name] if dataset_name is not None and is_on_hub(dataset_name) else [],
         tags=tags,
         eval_results=training_results(trainer, eval_dataset_name, eval_split),
@@ -57,13 +61,20 @@ def write_training_card(
 
 def is_on_hub(name: str) -> bool:
     """Whether a name of data can be one of the Hub, and not a path, even one that is of another machine or gone."""
-    if os.path.exists(name) or name.count("/") != 1 or Path(name).suffix in DATA_SUFFIXES:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    is_path = os.path.exists(name) or name.count("/") != 1 or Path(name).suffix in DATA_SUFFIXES
+    return not is_path and is_hub_id(name)
+
+
+@contextmanager
+def without_automatic_card(folder: Path) -> Iterator[None]:
+    """Keeps the card of a folder as it is, or its lack, whatever saving adapters writes there."""
+    path = folder / REPOCARD_NAME
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if before is not None:
+        path.write_bytes(before)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def training_results(trainer: Any, dataset_name: str | None, split: str) -> list[EvalResult]:
@@ -90,7 +101,9 @@ def training_text(trainer: Any) -> str:
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     choices = [str(k or "uncompressed") for k in args.num_voco_tokens or []]
     adapters = trainer.model.peft_config["default"].peft_type.value if isinstance(trainer.model, PeftModel) else None
-    distillation = f"weight {args.distillation_weight}, teacher `{args.teacher}`" if args.distillation_weight else None
+    # Of a path, the name
+    teacher = Path(args.teacher).absolute().name if os.path.isdir(args.teacher) else args.teacher
+    distillation = f"weight {args.distillation_weight}, teacher `{teacher}`" if args.distillation_weight else None
     rows = {
         "method": "supervised fine-tuning under the VoCo mask, with [TRL](https://github.com/huggingface/trl)",
         "adapters": adapters,

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 from trl.models import prepare_deepspeed
 
-from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..loading import find_base, load_adapters, load_processor, load_whole
+from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .checkpoints import check_checkpoint, last_checkpoint
 from .collator import VoCoDataCollator
 from .distillation import Reading, bare, kl_divergence, load_teacher, on_last_hidden_states, read_uncompressed
 from .elastic import draw_num_voco_tokens, keep_voco_tokens
-from .model_card import write_training_card
+from .model_card import without_automatic_card, write_training_card
 from .sampling import EpochCallback, ModalityLengthSampler
 from .sft_config import VoCoSFTConfig
+from .voco_embedding import warn_if_voco_is_not_trained, with_voco_embedding
 
 
 class VoCoSFTTrainer(SFTTrainer):
@@ -79,10 +84,12 @@ class VoCoSFTTrainer(SFTTrainer):
             args = VoCoSFTConfig("voco-llama-sft")
         if not isinstance(args, VoCoSFTConfig):
             raise TypeError(f"args must be a VoCoSFTConfig, got {type(args).__name__}")
+        revision = dict(args.model_init_kwargs or {}).get("revision") or "main"
+        name = model if isinstance(model, str) else bare(model).config._name_or_path
         if isinstance(model, str):
             model = load_student(model, args, quantization_config)
         if processing_class is None:
-            processing_class = VoCoLlamaProcessor.from_pretrained(bare(model).config._name_or_path)
+            processing_class = load_processor(name, revision)
         super().__init__(
             model,
             args,
@@ -93,6 +100,9 @@ class VoCoSFTTrainer(SFTTrainer):
         )
         self.add_callback(EpochCallback())
         freeze(self.model, args.freeze)
+        # Where DeepSpeed shards the weights, they are no tensors yet that could be read
+        if isinstance(self.model, PeftModel) and not is_deepspeed_zero3_enabled():
+            warn_if_voco_is_not_trained(self.model)
         if args.num_voco_tokens is not None and args.num_voco_tokens[0] > 0:
             self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.num_voco_tokens[0]
         if data_collator is None and self._is_vision_dataset:
@@ -196,12 +206,12 @@ class VoCoSFTTrainer(SFTTrainer):
 
         with on_last_hidden_states(student, compare):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        nll = result[0] if return_outputs else result
+        own_loss = result[0] if return_outputs else result
         num_scored = (inputs["labels"][:, 1:] != -100).sum()
         scale = self._scale(num_scored, num_items_in_batch)
-        self._log_parts(nll / scale, sums[0], num_scored)
+        self._log_parts(own_loss / scale, sums[0], num_scored)
         weight = self.args.distillation_weight
-        loss = (1 - weight) * nll + weight * self.args.distillation_temperature**2 * scale * sums[0]
+        loss = (1 - weight) * own_loss + weight * self.args.distillation_temperature**2 * scale * sums[0]
         return (loss, result[1]) if return_outputs else loss
 
     def _scale(self, num_scored: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
@@ -243,48 +253,46 @@ class VoCoSFTTrainer(SFTTrainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        with without_automatic_card(folder) if self.is_world_process_zero() else nullcontext():
+            super().save_model(output_dir, _internal_call)
         # Called by a user, at the end of a training
         if not _internal_call and output_dir in (None, self.args.output_dir):
             self.create_model_card()
 
-    def _log_parts(self, nll: torch.Tensor, divergence: torch.Tensor, num_scored: torch.Tensor) -> None:
+    @property
+    def _own_loss_name(self) -> str:
+        """What the loss without distillation is called in the logs."""
+        if self.compute_loss_func is not None:
+            return "own_loss"
+        if self.label_smoother is not None and self.args.loss_type == "nll":
+            return "label_smoothed_nll_loss"
+        return f"{self.args.loss_type}_loss"
+
+    def _log_parts(self, own_loss: torch.Tensor, divergence: torch.Tensor, num_scored: torch.Tensor) -> None:
         """Both parts of the loss, given as sums over the tokens of a process, as means over those of all."""
-        sums = torch.stack([nll.detach().float(), divergence.detach().float(), num_scored.float()])
-        nll_sum, divergence_sum, number = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
+        sums = torch.stack([own_loss.detach().float(), divergence.detach().float(), num_scored.float()])
+        own_sum, divergence_sum, number = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["nll_loss"].append(nll_sum / max(1, number))
+        metrics[self._own_loss_name].append(own_sum / max(1, number))
         metrics["distillation_loss"].append(divergence_sum / max(1, number))
 
 
-def load_student(path: str, args: VoCoSFTConfig, quantization_config: Any) -> VoCoLlamaForConditionalGeneration:
+def load_student(
+    path: str, args: VoCoSFTConfig, quantization_config: Any
+) -> VoCoLlamaForConditionalGeneration | PeftModel:
     """
-    Loads the model as TRL loads one by its name, in float32 unless `args.model_init_kwargs` says otherwise.
+    Loads the model as TRL loads one by its name, in float32 unless `args.model_init_kwargs` says otherwise; adapters
+    as such, to be trained further.
 
     Raises:
         ValueError: if it is not a VoCo-LLaMA.
     """
-    model_type = VoCoLlamaConfig.get_config_dict(path)[0].get("model_type")
-    if model_type != VoCoLlamaConfig.model_type:
-        raise ValueError(f"{path} is a {model_type} model: make it a VoCo-LLaMA with voco-llama convert first")
     options: Any = {"dtype": "float32", **dict(args.model_init_kwargs or {})}
     args.model_init_kwargs = None
-    return VoCoLlamaForConditionalGeneration.from_pretrained(path, quantization_config=quantization_config, **options)
-
-
-def with_voco_embedding(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
-    """A copy that trains the embedding of `<voco>` too, unless the embeddings are trained anyway."""
-    peft_config = copy.deepcopy(peft_config)
-    if isinstance(peft_config, LoraConfig) and "embed_tokens" not in (peft_config.modules_to_save or ()):
-        indices = peft_config.trainable_token_indices or {}
-        if isinstance(indices, list):
-            indices = {"embed_tokens": indices}
-        own = indices.get("embed_tokens", [])
-        peft_config.trainable_token_indices = {
-            **indices,
-            "embed_tokens": [*own, *({model.config.voco_token_id} - set(own))],
-        }
-    return peft_config
+    if find_base(path) is not None:
+        return load_adapters(path, is_trainable=True, quantization_config=quantization_config, **options)
+    return load_whole(path, quantization_config=quantization_config, **options)
 
 
 def freeze(model: torch.nn.Module, names: list[str]) -> None:

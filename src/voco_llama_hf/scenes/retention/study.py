@@ -10,31 +10,24 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import Trainer
 
-from ...modeling import VoCoLlamaProcessor
+from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
+from ..phases import compile_layers, final_dir, load_weights, make_trainer, note, save_phase, train
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
+from ..recipe import SCENES_64, Phase, Recipe
+from ..running import run_phase
 from ..still import make_scenes
-from ..tiny import (
-    Phase,
-    Recipe,
-    build_model,
-    compile_layers,
-    final_dir,
-    load_weights,
-    prepare_scenes,
-    save_phase,
-    train,
-    train_phase,
-)
 from .baselines import put_compressor
 
 
 CAUSAL = "causal"
 QUESTIONS = 6  # about an image, in a step
+LEARNING_RATE = 1e-3
+FROZEN = ("vision_tower",)
 # A LLaVA of the scenes
-BASE = Recipe(phases=Recipe().phases[:2])
+BASE = Recipe(phases=SCENES_64.phases[:2])
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,7 @@ class Arm:
         read_at (`tuple[int, ...]`): Numbers of VoCo tokens to evaluate.
         attention_mode (`str`): What text sees in training.
         compressor (`str`, *optional*): What stands behind the vision tower, see [`put_compressor`].
+        num_tokens (`int`): Tokens that it makes of an image.
         distillation_weight (`float`): Weight of the divergence from the model that all arms start from.
     """
 
@@ -56,6 +50,7 @@ class Arm:
     read_at: tuple[int, ...] = ()
     attention_mode: str = "voco"
     compressor: str | None = None
+    num_tokens: int = 1
     distillation_weight: float = 0.0
 
     @property
@@ -101,8 +96,7 @@ class Study:
         work_dir (`Path`): Folder of data, weights and answers; what an interrupted run has left is kept.
         steps (`int`): Optimizer steps of every arm.
         base ([`Recipe`], *optional*): How the model is trained that all arms start from.
-        trained_base (`Path`, *optional*): Folder of that model, of the shape of `base`, where it is trained already.
-        num_proc (`int`, *optional*): Processes that draw scenes.
+        trained_base (`Path`, *optional*): Folder of that model, where it is trained already.
         compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
     """
 
@@ -110,7 +104,6 @@ class Study:
     steps: int
     base: Recipe = BASE
     trained_base: Path | None = None
-    num_proc: int | None = None
     compile: bool = True
 
     @property
@@ -127,9 +120,9 @@ class Study:
         """Trains the model that all arms start from, unless it is there."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
         if self.trained_base is None:
-            train(self.base, self.work_dir, self.num_proc, self.compile)
+            train(self.base, self.work_dir, self.compile)
 
-    def trained(self, arm: Arm, seed: int) -> PreTrainedModel:
+    def trained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         """The model of an arm, trained or loaded."""
         final = self._final(arm, seed)
         if not final.exists():
@@ -141,51 +134,64 @@ class Study:
     def _final(self, arm: Arm, seed: int) -> Path:
         return final_dir(self.work_dir, f"{arm.folder}-{self.steps}-steps-seed-{seed}")
 
-    def _untrained(self, arm: Arm, seed: int) -> PreTrainedModel:
-        model = build_model(self.processor, self.base)
-        model.load_state_dict(load_weights(self.start))
+    def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
+        model = VoCoLlamaForConditionalGeneration.from_pretrained(
+            self.start, dtype=torch.float32, attn_implementation=self.base.attention
+        )
+        torch.manual_seed(seed)
         if arm.compressor is not None:
-            torch.manual_seed(seed)
-            put_compressor(model, arm.compressor, num_tokens=1)
+            put_compressor(model, arm.compressor, arm.num_tokens)
         return model
 
     def _train(self, arm: Arm, seed: int, final: Path) -> None:
         model = self._untrained(arm, seed)
         model.config.attention_mode = arm.attention_mode
-        if self.compile:
-            compile_layers(model)
         name = final.name.removesuffix("-final")
-        phase = Phase(
+        phase = self._phase(arm, name)
+        if self.compile:
+            compile_layers(model, with_attention=not phase.two_stages)
+        trainer = self._trainer(model, arm, replace(self.base, seed=seed), phase)
+        log = run_phase(trainer)
+        save_phase(model, self.processor, note(name, self.steps, log), final)
+
+    def _phase(self, arm: Arm, name: str) -> Phase:
+        return Phase(
             name,
             self.steps,
-            1e-3,
+            LEARNING_RATE,
             "cosine",
             arm.num_voco_tokens,
             questions=QUESTIONS,
             describe=True,
             single=True,
-            freeze=("vision_tower",),
+            freeze=FROZEN,
         )
-        options = {}
-        if arm.distillation_weight > 0:
-            options = {"distillation_weight": arm.distillation_weight, "teacher": str(self.start)}
-        scenes = prepare_scenes(self.base, self.work_dir, self.num_proc)
-        recipe = replace(self.base, seed=seed)
-        log = train_phase(model, self.processor, scenes, recipe, phase, self.work_dir, **options)
-        save_phase(model, self.processor, {"name": name, "steps": self.steps, "log": log}, final)
+
+    def _trainer(self, model: VoCoLlamaForConditionalGeneration, arm: Arm, recipe: Recipe, phase: Phase) -> Trainer:
+        return make_trainer(
+            model,
+            self.processor,
+            recipe,
+            phase,
+            self.work_dir / phase.name,
+            distillation_weight=arm.distillation_weight,
+            teacher=str(self.start) if arm.distillation_weight > 0 else "self",
+        )
 
     def answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> ScenesResults:
         """How well an arm answers the questions of a split, measured or read from where it was written."""
         path = self._final(arm, seed) / f"results-{split}-{limit}.json"
         if not path.exists():
             model = self.trained(arm, seed)
-            scenes = make_scenes(split, limit)
+            scenes = make_scenes(split, limit, canvas=self.base.canvas)
             readers = make_readers(arm, model, self.processor, scenes)
             score_readers(readers, scenes, split, shuffled=False, progress=progress).save(path)
         return ScenesResults(**json.loads(path.read_text()))
 
 
-def make_readers(arm: Arm, model: PreTrainedModel, processor: ProcessorMixin, scenes: Dataset) -> dict[str, Reader]:
+def make_readers(
+    arm: Arm, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, scenes: Dataset
+) -> dict[str, Reader]:
     """The ways in which an arm is asked."""
     images = preprocess(processor, scenes)
     readers: dict[str, Reader] = {}

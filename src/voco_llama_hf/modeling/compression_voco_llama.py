@@ -1,0 +1,183 @@
+"""Images into VoCo tokens: for later questions, as a [`VoCoCache`], or for the batch in which they stand."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from .cache_voco_llama import VoCoCache, check_cache
+from .fingerprint_voco_llama import Fingerprint, FingerprintMemo
+from .injection_voco_llama import CompressedImages, CompressionCache
+from .layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
+from .rotation_voco_llama import check_rotation, rotate_keys
+from .runtime_voco_llama import execution_device
+from .two_stages_voco_llama import compress_images, compress_segments
+
+
+COMPRESSION_BATCH_SIZE = 16
+
+
+class VoCoLlamaCompressionMixin:
+    """Compression for a model of a vision tower and a text model, see [`VoCoLlamaModel`]."""
+
+    config: Any
+    dtype: torch.dtype
+    embed_ids: Any
+    language_model: Any
+    get_vision_features: Any
+    training: bool
+    _fingerprint: FingerprintMemo
+    _rotation_is_checked: bool
+
+    def run_segments(self, pixel_values: torch.Tensor, num_voco_tokens: int) -> tuple[CompressionCache, torch.Tensor]:
+        """
+        One causal pass over a batch of segments: keys at positions 0..k-1, values and last hidden states
+        `(num_images, num_voco_tokens, hidden_size)` of the VoCo tokens.
+        """
+        return compress_segments(self, self.get_vision_features(pixel_values), num_voco_tokens)
+
+    @torch.no_grad()
+    def compress(
+        self,
+        pixel_values: torch.Tensor | Iterable[torch.Tensor],
+        num_voco_tokens: int | list[int] | torch.Tensor | None = None,
+        batch_size: int = COMPRESSION_BATCH_SIZE,
+        show_progress: bool = True,
+    ) -> VoCoCache:
+        """
+        Compresses images for later questions.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, or an `Iterable` of such tensors):
+                Preprocessed images. An iterable is read as it is compressed: of a long video nothing but the VoCo
+                tokens is ever held, see [`VoCoLlamaProcessor.iter_pixel_values`].
+            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+                VoCo tokens of every image, or of each (not for an iterable); `config.num_voco_tokens` by default.
+            batch_size (`int`, *optional*, defaults to 16):
+                Images that are compressed at a time, which bounds the memory.
+            show_progress (`bool`, *optional*, defaults to `True`):
+                Whether to show a progress bar when there is more than one batch.
+
+        Returns:
+            [`VoCoCache`]: one entry an image.
+
+        Raises:
+            ValueError: if there is no image, or `num_voco_tokens` does not fit the images.
+        """
+        if not isinstance(pixel_values, torch.Tensor):
+            return self._compress_stream(pixel_values, num_voco_tokens, batch_size, show_progress)
+        if len(pixel_values) == 0:
+            raise ValueError("compress needs at least one image")
+        self._check_rotation()
+        wanted = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
+        counts = per_image_counts(wanted, len(pixel_values))
+        keys, values, _ = compress_images(self, pixel_values, counts, batch_size, show_progress)
+        # Under autocast rotated keys come in float32
+        return VoCoCache(keys.to(values.dtype), values, counts, self.fingerprint())
+
+    def _compress_stream(
+        self,
+        batches: Iterable[torch.Tensor],
+        num_voco_tokens: int | list[int] | torch.Tensor | None,
+        batch_size: int,
+        show_progress: bool,
+    ) -> VoCoCache:
+        if num_voco_tokens is not None and not isinstance(num_voco_tokens, int):
+            raise ValueError("num_voco_tokens must be one number for all images of an iterable")
+        stream: VoCoCache | None = None
+        for batch in logging.tqdm(batches, desc="Compressing batches", disable=not show_progress):
+            compressed = self.compress(batch, num_voco_tokens, batch_size, show_progress=False)
+            # In one growing buffer: many small tensors, kept between large ones, would fragment the memory
+            if stream is None:
+                stream = compressed
+            else:
+                stream.append(compressed)
+        if stream is None:
+            raise ValueError("compress needs at least one image")
+        return VoCoCache.cat([stream])
+
+    def get_compressed_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        voco_cache: VoCoCache | None,
+        num_voco_tokens: int | list[int] | torch.Tensor | None,
+        voco_mask: np.ndarray,
+        start: int = 0,
+        **vision_options,
+    ) -> CompressedImages:
+        """
+        Images of a batch compressed and put in their places.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Images to compress.
+            voco_cache ([`VoCoCache`], *optional*):
+                Images that are compressed already, instead of `pixel_values`.
+            num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
+                VoCo tokens of every image, or of each. By default the `<voco>` tokens are divided evenly.
+            voco_mask (`np.ndarray` of shape `(batch_size, num_columns)`):
+                True at the `<voco>` tokens of these images, and nowhere else.
+            start (`int`, *optional*, defaults to 0):
+                Column of the whole sequence at which the mask begins.
+
+        Raises:
+            ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, or another model has made
+                `voco_cache`.
+        """
+        given: Any = pixel_values if voco_cache is None else voco_cache
+        if voco_cache is not None and num_voco_tokens is None:
+            num_voco_tokens = voco_cache.token_counts
+        counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
+        find_starts(voco_mask, counts)
+        self._check_rotation()
+        if voco_cache is not None:
+            voco_cache.resolve(counts)
+            check_cache(voco_cache, self.config, self.fingerprint(exact=False))
+            keys, values, hidden_states = voco_cache.keys, voco_cache.values, None
+        else:
+            # With a gradient all of them stay in memory, however many are compressed at a time
+            batch_size = len(given) if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
+            keys, values, hidden_states = compress_images(self, given, counts, batch_size, **vision_options)
+        offsets = np.concatenate([np.arange(count) for count in counts])
+        rows, columns = voco_mask.nonzero()
+        return CompressedImages(keys, values, hidden_states, offsets, rows, columns + start, len(voco_mask))
+
+    def rotate_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Moves keys by `positions` under the rotary embedding of the text model. Exact for every static RoPE.
+
+        Args:
+            keys (`torch.Tensor` of shape `(tokens, ..., head_dim)`): Keys after their own rotation.
+            positions (`torch.LongTensor` of shape `(tokens,)`): How far to move each token, may be negative.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `keys`; it is computed in float32.
+        """
+        return rotate_keys(keys, positions, self.language_model.rotary_emb)
+
+    def _check_rotation(self) -> None:
+        # Once: the text model stays what it is
+        if self._rotation_is_checked or self.training or torch.compiler.is_compiling():
+            return
+        if execution_device(self.language_model).type != "meta":
+            check_rotation(self)
+            self._rotation_is_checked = True
+
+    def fingerprint(self, exact: bool = True) -> Fingerprint:
+        """
+        What compressed images depend on: configuration, weights, active adapters, quantization. It is the same
+        wherever the weights are, and equal to that of a copy of the model in another floating precision.
+
+        Args:
+            exact (`bool`, *optional*, defaults to `True`):
+                Whether to read all weights, at the speed of memory. Otherwise what is known is returned unless a sign
+                of change is seen, which costs a question next to nothing: a write that PyTorch counts is always seen,
+                and so is one through `weight.data` to the embeddings of a segment or to a small model. Elsewhere it
+                may take some questions until it is seen: each reads another part of the weights.
+        """
+        return self._fingerprint.get(self, exact)
+
+
+__all__ = ["COMPRESSION_BATCH_SIZE", "VoCoLlamaCompressionMixin"]

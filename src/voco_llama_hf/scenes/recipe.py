@@ -1,0 +1,168 @@
+"""What is trained, and for how long: the recipes of the checkpoints that read the scenes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import EMBEDDED_CHECKPOINT
+from .canvas import LARGE, SMALL, Canvas
+
+
+@dataclass(frozen=True)
+class Phase:
+    """
+    One run of the trainer.
+
+    Args:
+        name (`str`): Folder of its checkpoints.
+        steps (`int`): Number of optimizer steps.
+        learning_rate (`float`): Peak learning rate.
+        scheduler (`str`): Learning rate schedule after the warmup.
+        num_voco_tokens (`tuple[int, ...]`): Numbers of VoCo tokens to draw from; 0 reads the uncompressed image.
+        questions (`int`): Number of questions about each image.
+        describe (`bool`): Whether a description of the scene ends every conversation: it asks for all that there is
+            to see, which a compressed image learns to keep.
+        single (`bool`): Whether every question sees the image and itself only.
+        videos (`bool`): Whether every other row is a video; needs `single`.
+        two_stages (`bool`): Whether the images of a batch are compressed together, see [`VoCoSFTConfig`].
+        freeze (`tuple[str, ...]`): Modules that are not trained.
+        share (`float`): Share of the weights at its end in what it leaves; the rest are those it started from, which
+            keeps more of what they knew (Wortsman et al., 2022, WiSE-FT).
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    scheduler: str
+    num_voco_tokens: tuple[int, ...]
+    questions: int = 8
+    describe: bool = False
+    single: bool = False
+    videos: bool = False
+    two_stages: bool = False
+    freeze: tuple[str, ...] = ()
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Everything that decides what is trained.
+
+    Args:
+        phases (`tuple[Phase, ...]`): What follows the training of the vision tower.
+        canvas ([`Canvas`]): Where scenes and videos are drawn.
+        start (`str`, *optional*): Checkpoint to start from instead of random weights; its vision tower reads the
+            canvas with interpolated positions.
+        attention (`str`): Attention implementation. The fused one of torch is slow backwards on a CPU, but long
+            sequences need it.
+        save_steps (`int`): Steps between two checkpoints of the trainer, at most.
+        num_workers (`int`): Processes that draw scenes beside the training.
+        dense_share (`float`): Share of dense scenes in the training.
+    """
+
+    phases: tuple[Phase, ...]
+    canvas: Canvas = SMALL
+    start: str | None = None
+    attention: str = "eager"
+    num_train_scenes: int = 300_000
+    num_test_clips: int = 600
+    num_validation_scenes: int = 300
+    num_test_scenes: int = 600
+    dense_share: float = 0.3
+    batch_size: int = 32
+    vision_batch_size: int = 64
+    vision_steps: int = 2000
+    vision_layers: int = 4
+    text_layers: int = 6
+    save_steps: int = 250
+    num_workers: int = 1
+    seed: int = 0
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """The numbers of VoCo tokens that the finished model was trained for."""
+        return tuple(sorted(set(self.phases[-1].num_voco_tokens) - {0}))
+
+
+# 64 vision tokens, from random weights: the embedded checkpoint
+SCENES_64 = Recipe(
+    phases=(
+        Phase("description", 400, 2e-3, "constant_with_warmup", (0,), describe=True),
+        Phase("uncompressed", 1500, 7e-4, "constant_with_warmup", (0,)),
+        Phase("compression", 1250, 1e-3, "constant_with_warmup", (1, 1, 2, 2, 4, 8, 0), describe=True),
+        Phase("questions", 2000, 7e-4, "cosine", (1, 1, 2, 2, 4, 8, 0, 0)),
+        Phase(
+            "voco",
+            2700,
+            1e-3,
+            "warmup_stable_decay",
+            (1, 1, 2, 2, 4, 8, 8, 0),
+            questions=12,
+            describe=True,
+            single=True,
+        ),
+        # The paper's second phase
+        Phase(
+            "videos",
+            2100,
+            1e-3,
+            "warmup_stable_decay",
+            (*[1] * 4, *[2] * 8, 4, 8, 0),
+            describe=True,
+            single=True,
+            videos=True,
+            two_stages=True,
+            freeze=("vision_tower",),
+            share=0.7,
+        ),
+    )
+)
+
+# k = 1 in half of the steps costs the other numbers little: benchmarks/elastic.py
+HALF_ONE = (*[1] * 6, 2, 2, 4, 8, 0, 0)
+FROZEN_TOWER = ("vision_tower",)
+# 576 vision tokens, as the paper's: from the embedded checkpoint, whose language model reads VoCo tokens already
+SCENES_576 = Recipe(
+    phases=(
+        Phase(
+            "uncompressed", 1000, 1e-3, "constant_with_warmup", (0,), describe=True, single=True, freeze=FROZEN_TOWER
+        ),
+        Phase(
+            "voco",
+            4000,
+            1e-3,
+            "warmup_stable_decay",
+            HALF_ONE,
+            questions=12,
+            describe=True,
+            single=True,
+            two_stages=True,
+            freeze=FROZEN_TOWER,
+        ),
+        Phase(
+            "videos",
+            1000,
+            7e-4,
+            "warmup_stable_decay",
+            HALF_ONE,
+            describe=True,
+            single=True,
+            videos=True,
+            two_stages=True,
+            freeze=FROZEN_TOWER,
+            share=0.7,
+        ),
+    ),
+    canvas=LARGE,
+    start=EMBEDDED_CHECKPOINT,
+    attention="sdpa",
+    num_test_scenes=1000,
+    dense_share=0.5,
+    batch_size=16,
+    vision_batch_size=16,
+    vision_steps=1500,
+    save_steps=100,
+    num_workers=0,
+)
+RECIPES = {"scenes-64": SCENES_64, "scenes-576": SCENES_576}

@@ -1,0 +1,219 @@
+"""VoCo beside earlier ways to shorten the frames of a video, at equal tokens a frame (paper, Table 8)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from rich.table import Table
+from transformers import Trainer, TrainingArguments
+
+from ...files import written_aside
+from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..building import add_tokens
+from ..data import phase_rows
+from ..moving import NUM_FRAMES, WORDS, make_clips
+from ..muon import MuonMixin
+from ..readers import VideoReader, uncompressed_video_reader, voco_video_reader
+from ..recipe import Phase, Recipe
+from ..running import phase_options
+from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
+from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
+from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
+from .report import percent as mean_percent
+from .study import FROZEN, LEARNING_RATE, QUESTIONS, Arm, Study
+
+
+LLAMA_VID = Arm("llama-vid", (0,), compressor="llama-vid", num_tokens=2)
+READING = "a frame"  # the only mode of an arm's results
+
+
+def video_arms(ks: Sequence[int]) -> tuple[Arm, ...]:
+    """All ways to make so many tokens of a frame; LLaMA-VID's makes two."""
+    arms: list[Arm] = []
+    for k in ks:
+        arms += [
+            Arm(f"VoCo, {k} a frame", (k,), read_at=(k,)),
+            Arm(f"average pooling, {k} a frame", (0,), compressor="average pooling", num_tokens=k),
+            Arm(f"q-former, {k} a frame", (0,), compressor="q-former", num_tokens=k),
+        ]
+    return (*arms, LLAMA_VID)
+
+
+class LlamaVidTrainer(MuonMixin, Trainer):
+    """[`~transformers.Trainer`] with [`MuonWithAdamW`]."""
+
+
+@dataclass
+class VideoStudy(Study):
+    """
+    The arms on videos, trained in a folder or found there. All start from a model that has seen images alone; every
+    other row of their training is a video. Arguments are those of [`Study`].
+    """
+
+    @cached_property
+    def processor(self) -> VoCoLlamaProcessor:
+        """The processor of all arms, with the words of videos."""
+        processor = VoCoLlamaProcessor.from_pretrained(self.start)
+        add_tokens(processor, WORDS)
+        return processor
+
+    def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
+        model = super()._untrained(arm, seed)
+        torch.manual_seed(seed)  # of new words, the same in all arms
+        model.resize_token_embeddings(len(self.processor.tokenizer))
+        return model
+
+    def _phase(self, arm: Arm, name: str) -> Phase:
+        return Phase(
+            name,
+            self.steps,
+            LEARNING_RATE,
+            "cosine",
+            arm.num_voco_tokens,
+            questions=QUESTIONS,
+            describe=True,
+            single=True,
+            videos=True,
+            two_stages=arm.compressor is None,
+            freeze=FROZEN,
+        )
+
+    def _trainer(self, model: VoCoLlamaForConditionalGeneration, arm: Arm, recipe: Recipe, phase: Phase) -> Trainer:
+        if arm.compressor != LLAMA_VID.compressor:
+            return super()._trainer(model, arm, recipe, phase)
+        model.model.vision_tower.requires_grad_(False)
+        options = phase_options(recipe, self.work_dir / phase.name, phase.steps, recipe.batch_size // 2)
+        return LlamaVidTrainer(
+            LlamaVid(model),
+            TrainingArguments(**options, learning_rate=phase.learning_rate, lr_scheduler_type=phase.scheduler),
+            data_collator=LlamaVidCollator(self.processor),
+            train_dataset=phase_rows(recipe, phase, "train"),
+            eval_dataset=phase_rows(recipe, phase, "validation"),
+        )
+
+    def video_answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> VideoResults:
+        """How well an arm answers the questions about videos, measured or read from where it was written."""
+        path = self._final(arm, seed) / f"videos-{split}-{limit}.json"
+        if not path.exists():
+            clips = make_clips(split, limit, canvas=self.base.canvas)
+            reader = make_video_reader(arm, self.trained(arm, seed), self.processor, clips)
+            score_video_readers({READING: reader}, clips, split, progress=progress).save(path)
+        return VideoResults(**json.loads(path.read_text()))
+
+
+def make_video_reader(
+    arm: Arm, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, clips: Dataset
+) -> VideoReader:
+    """The way in which an arm is asked."""
+    frames = [frame for images in clips["images"] for frame in images]
+    if arm.compressor == LLAMA_VID.compressor:
+        return llama_vid_reader(model, processor, frames)
+    if arm.compressor is not None:
+        return uncompressed_video_reader(model, processor, frames)
+    return voco_video_reader(model, processor, frames, arm.read_at[0])
+
+
+def run_video_study(
+    study: VideoStudy, ks: Sequence[int], seeds: range, split: str, limit: int, report: Callable[[str], None] = print
+) -> VideoComparison:
+    """
+    Trains and asks all arms.
+
+    Args:
+        study ([`VideoStudy`]): Where and how.
+        ks (`Sequence[int]`): Tokens a frame.
+        seeds (`range`): Seeds of the training.
+        split (`str`): Split to ask about.
+        limit (`int`): Number of its videos.
+        report (`Callable`): Told what is done next.
+
+    Returns:
+        [`VideoComparison`]
+    """
+    report("the model that all start from")
+    study.prepare()
+    arms = video_arms(ks)
+    results: dict[str, list[VideoResults]] = {}
+    # Seed by seed, so that an interrupted study has whole tables
+    for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
+        report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
+        results.setdefault(arm.name, []).append(study.video_answers(arm, seed, split, limit))
+    return VideoComparison(study.steps, results)
+
+
+@dataclass
+class VideoComparison:
+    """
+    Results of all arms.
+
+    Args:
+        steps (`int`): Steps that each was trained for.
+        results (`dict[str, list[VideoResults]]`): By name of the arm, one a seed.
+    """
+
+    steps: int
+    results: dict[str, list[VideoResults]]
+
+    def shares(self, arm: str, reading: str) -> dict[str, list[float]]:
+        """Exact match from 0 to 1 by family, one number a seed."""
+        scores = [results.accuracy[READING][reading] for results in self.results[arm]]
+        return {group: [by_group[group] for by_group in scores] for group in GROUPS if group in scores[0]}
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """What guessing gets right, by family."""
+        return chance(next(iter(self.results.values()))[0])
+
+    def table(self) -> Table:
+        """Exact match in percent, by family, with all frames, with one, and out of order."""
+        some, *more = next(iter(self.results.values()))
+        about = f"{some.split} split, {some.num_clips} videos of {NUM_FRAMES} frames, {self.steps} steps"
+        table = Table(title=f"Exact match, percent ({about}, {len(more) + 1} seed{'s' if more else ''})")
+        for heading in ("arm", "frames shown"):
+            table.add_column(heading, no_wrap=True)
+        for group in GROUPS:
+            table.add_column(group, justify="right")
+        for arm in self.results:
+            for reading in some.accuracy[READING]:
+                name = arm if reading == ALL_FRAMES else ""
+                table.add_row(name, reading, *self._cells(arm, reading))
+        table.add_section()
+        table.add_row("chance", "", *(percent(self.chance.get(group)) for group in GROUPS))
+        return table
+
+    def to_markdown(self) -> str:
+        """The table with all frames, for a page."""
+        lines = [f"| arm | {' | '.join(GROUPS)} |", "| --- |" + " ---: |" * len(GROUPS)]
+        lines += [f"| {arm} | {' | '.join(self._cells(arm, ALL_FRAMES))} |" for arm in self.results]
+        return "\n".join(lines) + "\n"
+
+    def _cells(self, arm: str, reading: str) -> list[str]:
+        shares = self.shares(arm, reading)
+        return [mean_percent(shares[group]) if group in shares else "" for group in GROUPS]
+
+    def save(self, path: Path) -> None:
+        """Writes the results as JSON, or the table as Markdown if the name ends so."""
+        text = self.to_markdown() if path.suffix.lower() == ".md" else json.dumps(asdict(self), indent=2) + "\n"
+        with written_aside(path) as part:
+            part.write_text(text)
+
+    def plot(self, path: Path) -> None:
+        """Draws what all frames tell, one group of bars a family."""
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        (panel,) = add_panels(figure, ["all frames"], GROUPS)
+        for i, arm in enumerate(self.results):
+            shares = self.shares(arm, ALL_FRAMES)
+            heights = [mean(shares[group]) if group in shares else 0.0 for group in GROUPS]
+            add_bars(panel, heights, i, len(self.results), f"C{i}", arm)
+        add_levels(panel, [self.chance[group] for group in GROUPS if group in self.chance], 0, 1, "chance")
+        add_legend(figure, panel)
+        with written_aside(path) as part:
+            figure.savefig(part, dpi=150, format=path.suffix[1:])

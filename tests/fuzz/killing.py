@@ -1,0 +1,110 @@
+"""Processes that are killed at the n-th of their writes."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+CALLS = (
+    "write",
+    "pwrite64",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "unlink",
+    "unlinkat",
+    "mkdir",
+    "rmdir",
+    "ftruncate",
+    "chmod",
+)
+EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
+STRACE = shutil.which("strace")
+
+
+def kill_at_events(action: Callable[[], None], folder: Path, step: int = 1) -> Iterator[int]:
+    """Kills a process at every `step`-th thing that it does to a file in a folder, or says to SQLite, till it ends."""
+    number = 1
+    while _run(action, partial(_kill_myself_at, number, folder)):
+        yield number
+        number += step
+
+
+def kill_at_calls(action: Callable[[], None], step: int = 1) -> Iterator[int]:
+    """The same at its system calls, those of SQLite among them; strace counts each kind for itself."""
+    for call in CALLS:
+        number = 1
+        while _run(action, _wait_for_strace, ["-e", f"inject={call}:signal=KILL:when={number}"]):
+            yield number
+            number += step
+
+
+def _run(action: Callable[[], None], prepare: Callable[[], None], strace: list[str] | None = None) -> bool:
+    """Whether the process was killed before it was done."""
+    if (pid := os.fork()) == 0:
+        try:
+            prepare()
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    tracer = None
+    if strace is not None:
+        command = [STRACE, "-f", "-q", "-o", os.devnull, "-e", f"trace={','.join(CALLS)}", *strace, "-p", str(pid)]
+        tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    status = os.waitpid(pid, 0)[1]
+    if tracer is not None:
+        tracer.wait(60)
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+def _wait_for_strace() -> None:
+    """Until it watches; then a moment, for what it is to inject."""
+    status = Path("/proc/self/status")
+    for _ in range(10_000):
+        if "TracerPid:\t0\n" not in status.read_text():
+            time.sleep(0.05)
+            return
+        time.sleep(0.001)
+    raise TimeoutError("strace did not come")
+
+
+def _kill_myself_at(number: int, folder: Path) -> None:
+    left = number
+
+    def tick(*args: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, args: tuple) -> None:
+        if event in EVENTS or (event == "open" and str(args[0]).startswith(str(folder))):
+            tick()
+
+    sync = os.fsync
+
+    def fsync(handle: int) -> None:
+        tick()
+        sync(handle)
+
+    connect = sqlite3.connect
+
+    def traced(*args: Any, **options: Any) -> sqlite3.Connection:
+        db = connect(*args, **options)
+        db.set_trace_callback(tick)
+        return db
+
+    os.fsync, sqlite3.connect = fsync, traced
+    sys.addaudithook(hook)
