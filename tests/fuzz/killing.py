@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,21 +32,32 @@ EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.trun
 STRACE = shutil.which("strace")
 
 
-def kill_at_events(action: Callable[[], None], folder: Path, step: int = 1) -> Iterator[int]:
+def kill_at_events(action: Callable[[], None], folder: Path, step: int = 1) -> Iterator[bool]:
     """Kills a process at every `step`-th thing that it does to a file in a folder, or says to SQLite, till it ends."""
     number = 1
     while _run(action, partial(_kill_myself_at, number, folder)):
-        yield number
+        yield True
         number += step
 
 
-def kill_at_calls(action: Callable[[], None], step: int = 1) -> Iterator[int]:
-    """The same at its system calls, those of SQLite among them; strace counts each kind for itself."""
+def kill_at_calls(action: Callable[[], None], step: int = 1) -> Iterator[bool]:
+    """
+    The same at its system calls, those of SQLite among them. strace counts each kind for itself: each ends with a
+    process that is not killed, which is told too, so that the next kind finds everything as it was.
+    """
     for call in CALLS:
         number = 1
-        while _run(action, _wait_for_strace, ["-e", f"inject={call}:signal=KILL:when={number}"]):
-            yield number
+        while _run_traced(action, f"inject={call}:signal=KILL:when={number}"):
+            yield True
             number += step
+        yield False
+
+
+def _run_traced(action: Callable[[], None], injection: str) -> bool:
+    with tempfile.NamedTemporaryFile() as log:
+        calls = f"trace=getppid,{','.join(CALLS)}"
+        command = [STRACE, "-f", "-q", "-o", log.name, "-e", calls, "-e", injection, "-p"]
+        return _run(action, partial(_wait_for_strace, Path(log.name)), command)
 
 
 def _run(action: Callable[[], None], prepare: Callable[[], None], strace: list[str] | None = None) -> bool:
@@ -60,8 +72,7 @@ def _run(action: Callable[[], None], prepare: Callable[[], None], strace: list[s
         os._exit(0)
     tracer = None
     if strace is not None:
-        command = [STRACE, "-f", "-q", "-o", os.devnull, "-e", f"trace={','.join(CALLS)}", *strace, "-p", str(pid)]
-        tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        tracer = subprocess.Popen([*strace, str(pid)], stderr=subprocess.DEVNULL)
     status = os.waitpid(pid, 0)[1]
     if tracer is not None:
         tracer.wait(60)
@@ -69,12 +80,11 @@ def _run(action: Callable[[], None], prepare: Callable[[], None], strace: list[s
     return os.WIFSIGNALED(status)
 
 
-def _wait_for_strace() -> None:
-    """Until it watches; then a moment, for what it is to inject."""
-    status = Path("/proc/self/status")
-    for _ in range(10_000):
-        if "TracerPid:\t0\n" not in status.read_text():
-            time.sleep(0.05)
+def _wait_for_strace(log: Path) -> None:
+    """Until it has written down a call of this process."""
+    for _ in range(60_000):
+        os.getppid()
+        if "getppid" in log.read_text():
             return
         time.sleep(0.001)
     raise TimeoutError("strace did not come")

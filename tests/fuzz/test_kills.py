@@ -31,7 +31,7 @@ from voco_llama_hf.store.indexing import Indexer, Sampling, find_files
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-Kills = Callable[[Callable[[], None], Path], Iterator[int]]
+Kills = Callable[[Callable[[], None], Path], Iterator[bool]]
 
 
 @dataclass
@@ -67,8 +67,8 @@ def kill_a_change(name: str, folder: Path, kills: Kills) -> int:
             change.run(store)
 
     start_again()
-    for _ in kills(run, folder):
-        number += 1
+    for killed in kills(run, folder):
+        number += killed
         with VoCoStore(path) as store:
             found = {int(entry.content_hash, 16) for entry in store}
             assert change.kept <= found and REMOVED not in found
@@ -102,8 +102,8 @@ def kill_a_creation(folder: Path, kills: Kills) -> int:
         with VoCoStore(path, FINGERPRINT) as store:
             store.add([make_content(0)], [originals()[0]])
 
-    for _ in kills(run, folder):
-        number += 1
+    for killed in kills(run, folder):
+        number += killed
         run()
         check_whole(path, {0})
         shutil.rmtree(path)
@@ -135,8 +135,8 @@ def kill_an_index(folder: Path, kills: Kills) -> int:
         list(indexer.run(indexer.select(find_files(folder / "photos"))))
         indexer.store.close()
 
-    for _ in kills(run, folder / "store"):
-        number += 1
+    for killed in kills(run, folder / "store"):
+        number += killed
         run()
         with VoCoStore(path, model.fingerprint()) as store:
             assert len(store) == 6 and all(problem is None for _, problem in store.verify())
@@ -156,15 +156,15 @@ def test_index(quick_folder):
 @pytest.mark.slow
 @pytest.mark.skipif(STRACE is None, reason="needs strace")
 def test_index_at_each_call(quick_folder):
-    number = kill_an_index(quick_folder, lambda run, folder: kill_at_calls(run, step=3))
+    number = kill_an_index(quick_folder, lambda run, folder: kill_at_calls(run, step=9))
     print(f"index: killed at {number} calls")
 
 
 def kill_a_save(folder: Path, kills: Kills) -> int:
     path, number = folder / "cache.safetensors", 0
     old, new = make_cache(1), make_cache(2)
-    for _ in kills(lambda: new.save(path), folder):
-        number += 1
+    for killed in kills(lambda: new.save(path), folder):
+        number += killed
         if path.exists():
             assert same(VoCoCache.load(path), old) or same(VoCoCache.load(path), new)
         new.save(path)
@@ -193,8 +193,8 @@ def kill_a_folder(folder: Path, kills: Kills) -> int:
             (aside / "notes.txt").write_text("first")
             model.save_pretrained(aside)
 
-    for _ in kills(run, folder):
-        number += 1
+    for killed in kills(run, folder):
+        number += killed
         if not target.exists():
             run()
         assert os.listdir(folder) == ["model"]
@@ -210,7 +210,7 @@ def test_a_folder(quick_folder):
 @pytest.mark.slow
 @pytest.mark.skipif(STRACE is None, reason="needs strace")
 def test_a_folder_at_each_call(quick_folder):
-    print(f"folder: killed at {kill_a_folder(quick_folder, lambda run, folder: kill_at_calls(run))} calls")
+    print(f"folder: killed at {kill_a_folder(quick_folder, lambda run, folder: kill_at_calls(run, step=9))} calls")
 
 
 @pytest.mark.slow
@@ -224,8 +224,8 @@ def test_export(quick_folder):
     export_onnx(model, target)
     expected = set(os.listdir(target))
     shutil.rmtree(target)
-    for _ in kill_at_events(lambda: export_onnx(model, target) and None, quick_folder, step=3):
-        number += 1
+    for killed in kill_at_events(lambda: export_onnx(model, target) and None, quick_folder, step=3):
+        number += killed
         assert not target.exists() or set(os.listdir(target)) == expected
         if not target.exists():
             export_onnx(model, target)
