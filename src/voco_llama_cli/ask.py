@@ -25,7 +25,7 @@ from .options import (
 
 
 if TYPE_CHECKING:
-    from voco_llama_hf.modeling import VoCoCache, VoCoLlamaProcessor
+    from voco_llama_hf.modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
 
 def ask(
@@ -191,7 +191,7 @@ def from_store(path: Path, names: list[str], num_voco_tokens: int | None) -> Ask
 
 
 def compress_now(
-    network: Any,
+    network: VoCoLlamaForConditionalGeneration,
     processor: VoCoLlamaProcessor,
     pictures: list[Any],
     num_voco_tokens: int | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -24,6 +24,7 @@ from .options import (
 
 
 if TYPE_CHECKING:
+    from voco_llama_hf.store import VoCoStore
     from voco_llama_hf.store.indexing import Indexed, Indexer
 
 
@@ -109,7 +110,7 @@ def own_device(local_rank: int, number: int) -> str | None:
 
     if number == 1 or not torch.accelerator.is_available():
         return None
-    accelerator: Any = torch.accelerator.current_accelerator()
+    accelerator = cast("torch.device", torch.accelerator.current_accelerator())
     return f"{accelerator.type}:{local_rank % torch.accelerator.device_count()}"
 
 
@@ -156,7 +157,7 @@ def bytes_of_token(indexer: Indexer) -> int:
 
 def summarize(indexer: Indexer, num_files: int, failures: dict[str, str], vision_tokens: int) -> None:
     """What the store holds now, and what could not be read."""
-    store: Any = indexer.store
+    store = cast("VoCoStore", indexer.store)
     for path, error in list(failures.items())[:SHOWN_FAILURES]:
         typer.echo(f"left out {printable(path)}: {printable(error)}", err=True)
     entries = list(store)

@@ -16,7 +16,7 @@ from .options import Dtype, check_extra
 if TYPE_CHECKING:
     import torch
 
-    from voco_llama_hf.modeling import VoCoLlamaProcessor
+    from voco_llama_hf.modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
 # Of a whole model, and of PEFT adapters
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -45,7 +45,7 @@ def find_model(name: str | None) -> str:
 
 def load_model(
     name: str, device: str | None, dtype: Dtype | None, merge: bool = False
-) -> tuple[Any, VoCoLlamaProcessor]:
+) -> tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor]:
     """
     Loads a [`VoCoLlamaForConditionalGeneration`], ready to run, and its processor.
 
@@ -65,6 +65,7 @@ def load_model(
             check_extra("an adapter", "train", ["peft"])
         loading.load_config(name)
         processor = loading.load_processor(name)
+        # Its `to` is annotated by transformers as a plain function
         network: Any = loading.load_model(name, merge, dtype="auto" if dtype is None else dtype.value)
         return network.to(torch_device), processor
 

@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, MistralConfig
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 
@@ -85,7 +85,7 @@ def run_checks(model: VoCoLlamaForConditionalGeneration) -> Iterator[Check]:
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("eager")
     prompt = Prompt(model, LAYOUT, seed=0)
-    windowed: Any = build_windowed_model().eval()
+    windowed = build_windowed_model().eval()
     windowed.to(model.device, model.dtype)
     windowed_reference = copy.deepcopy(windowed)
     windowed_reference.set_attn_implementation("eager")
@@ -145,19 +145,25 @@ def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def _stages_error(model: VoCoLlamaForConditionalGeneration, reference: Any, prompt: Prompt) -> float:
+def _stages_error(
+    model: VoCoLlamaForConditionalGeneration, reference: VoCoLlamaForConditionalGeneration, prompt: Prompt
+) -> float:
     inputs = prompt.inputs(model)
     tokens = inputs["attention_mask"].bool()
     expected = reference(**inputs, use_cache=False).logits[tokens]
     return _distance(model(**inputs, use_cache=True).logits[tokens], expected)
 
 
-def _answer_error(model: VoCoLlamaForConditionalGeneration, reference: Any, prompt: Prompt, **arguments) -> float:
+def _answer_error(
+    model: VoCoLlamaForConditionalGeneration, reference: VoCoLlamaForConditionalGeneration, prompt: Prompt, **arguments
+) -> float:
     outputs = _answer(model, **prompt.inputs(model), **arguments)
     return _follow(reference, outputs, prompt.inputs(model))
 
 
-def _second_turn_error(model: VoCoLlamaForConditionalGeneration, reference: Any) -> float:
+def _second_turn_error(
+    model: VoCoLlamaForConditionalGeneration, reference: VoCoLlamaForConditionalGeneration
+) -> float:
     first = Prompt(model, [[3, -2, 4]], seed=2)
     second = Prompt(model, [[2, -1, 3]], seed=3)
     answered = _answer(model, **first.inputs(model))
@@ -172,7 +178,7 @@ def _second_turn_error(model: VoCoLlamaForConditionalGeneration, reference: Any)
     return _follow(reference, outputs, both)
 
 
-def _answer(model: VoCoLlamaForConditionalGeneration, **inputs) -> Any:
+def _answer(model: VoCoLlamaForConditionalGeneration, **inputs) -> GenerateDecoderOnlyOutput:
     return model.generate(
         **inputs,
         do_sample=False,
@@ -185,13 +191,15 @@ def _answer(model: VoCoLlamaForConditionalGeneration, **inputs) -> Any:
 
 
 @torch.no_grad()
-def _follow(reference: Any, outputs: Any, inputs: dict[str, torch.Tensor]) -> float:
+def _follow(
+    reference: VoCoLlamaForConditionalGeneration, outputs: GenerateDecoderOnlyOutput, inputs: dict[str, torch.Tensor]
+) -> float:
     """How far the logits of an answer are from those of the reference, given the same answer."""
     length = inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, outputs.sequences.shape[1] - length), value=1)
     whole = {**inputs, "input_ids": outputs.sequences, "attention_mask": mask}
     expected = reference(**whole, use_cache=False).logits[:, length - 1 : -1]
-    return _distance(torch.stack(outputs.logits, dim=1), expected)
+    return _distance(torch.stack(outputs.logits, dim=1), expected)  # type: ignore[arg-type]
 
 
 __all__ = ["Check", "run_checks"]

@@ -91,7 +91,8 @@ def load_config(name: str) -> VoCoLlamaConfig:
     """
     base = find_base(name) or Base(name, "main")
     check_config(*base)
-    return VoCoLlamaConfig.from_pretrained(base.name, revision=base.revision)
+    with loading(f"the configuration of {base.name}"):
+        return VoCoLlamaConfig.from_pretrained(base.name, revision=base.revision)
 
 
 def check_config(name: str, revision: str = "main") -> None:

@@ -45,10 +45,21 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def anonymous():
+    """Memory of the process itself, in MB: without files that are mapped, whose pages the system takes back."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+
+
 def main(folder, num_rows):
     path = write(Path(folder), num_rows)
     processor, model = processor_and_model()
-    figures = {"rows": num_rows, "file_mb": path.stat().st_size / 2**20, "start_mb": peak()}
+    figures = {
+        "rows": num_rows,
+        "file_mb": path.stat().st_size / 2**20,
+        "start_mb": peak(),
+        "start_own_mb": anonymous(),
+    }
     start = time.monotonic()
     parts = load_llava_data(path, test_size=1000, cache_dir=Path(folder) / "cache")
     figures |= {"table_s": time.monotonic() - start, "table_mb": peak()}
@@ -63,7 +74,7 @@ def main(folder, num_rows):
     figures["first_batch_s"] = time.monotonic() - start
     for _ in range(100):
         next(loader)
-    return {**figures, "end_mb": peak()}
+    return {**figures, "end_mb": peak(), "end_own_mb": anonymous()}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -359,3 +360,15 @@ def test_images_and_videos_train(tmp_path, images):
     )
     trainer.train()
     assert len(losses(trainer)) == 4
+
+
+@pytest.mark.slow
+def test_a_file_of_a_million_rows_takes_little_more_memory_than_a_small_one(tmp_path):
+    grown = {}
+    for number in (10_000, 1_000_000):
+        args = [sys.executable, str(Path(__file__).with_name("large_file.py")), str(tmp_path), str(number)]
+        done = subprocess.run(args, capture_output=True, text=True, check=True)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        figures = json.loads(line)
+        grown[number] = figures["end_own_mb"] - figures["start_own_mb"]
+    assert grown[1_000_000] - grown[10_000] < 100, grown

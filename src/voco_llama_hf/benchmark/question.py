@@ -25,7 +25,7 @@ def make_networks(model: VoCoLlamaForConditionalGeneration) -> dict[str, Any]:
 def as_text_model(model: VoCoLlamaForConditionalGeneration) -> PreTrainedModel:
     """The language model alone, as transformers has it."""
     with torch.device("meta"):
-        text_model: Any = AutoModelForCausalLM.from_config(model.config.text_config)
+        text_model = AutoModelForCausalLM.from_config(model.config.text_config)
     text_model.model = model.model.language_model
     text_model.lm_head = model.lm_head
     text_model.generation_config = model.generation_config

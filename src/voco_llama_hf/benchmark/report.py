@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .question import FULL_CACHE, LIMIT, NO_CACHE, VOCO_CACHE, WAYS
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Reductions against no cache in percent, on one A100: paper, Table 7
 PAPER = {
@@ -209,7 +212,7 @@ def plot_results(results: dict[str, Any], path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def plot_reductions(results: dict[str, Any], panel: Any) -> None:
+def plot_reductions(results: dict[str, Any], panel: "Axes") -> None:
     """Bars of this run beside the paper's; what was not measured has none."""
     costs = next(iter(results["costs"].values()))
     kernels = {

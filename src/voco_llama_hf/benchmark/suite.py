@@ -12,6 +12,7 @@ from ..modeling import VoCoLlamaForConditionalGeneration
 from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens
 from .flops import run_bare_passes
 from .measure import (
+    Timing,
     alternate,
     find_largest,
     free_bytes,
@@ -228,12 +229,12 @@ class Suite:
 
 def compile_config() -> CompileConfig:
     """Compiled decoding as `generate` has it on a GPU, on a CPU too, which has no graphs to capture."""
-    config: Any = CompileConfig() if torch.cuda.is_available() else CompileConfig(mode="default")
-    config._compile_all_devices = True
+    config = CompileConfig() if torch.cuda.is_available() else CompileConfig(mode="default")
+    config._compile_all_devices = True  # type: ignore[assignment]
     return config
 
 
-def timing_record(timing: Any) -> Record:
+def timing_record(timing: Timing) -> Record:
     return {
         "seconds": timing.median,
         "spread": timing.spread,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import BatchFeature, StoppingCriteria, TextIteratorStreamer
 
 from ..hub.cost import CostModel
 from ..llava import as_llava
@@ -70,7 +70,7 @@ class Abandoned(StoppingCriteria):
     def __init__(self) -> None:
         self.event = Event()
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
         flags = torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
         return flags  # type: ignore[return-value]
 
@@ -94,7 +94,7 @@ class DemoEngine:
         limits: Limits = LIMITS,
         image_cache_bytes: int = 256_000_000,
     ):
-        self.model: Any = model
+        self.model = model
         self.processor = processor
         self.limits = limits
         self.num_frames = min(processor.num_frames, self.limits.max_images)
@@ -247,7 +247,7 @@ class DemoEngine:
             make = lambda: self.model.compress(pixels, num_voco_tokens, show_progress=False)  # noqa: E731
         return self._worker.submit(self._remember, source.key, num_voco_tokens, make).result()
 
-    def _remember(self, key: str, num_voco_tokens: int, make: Any) -> tuple[VoCoCache, Spent]:
+    def _remember(self, key: str, num_voco_tokens: int, make: Callable[[], VoCoCache]) -> tuple[VoCoCache, Spent]:
         with self._stopwatch.measure() as spent:
             cache, is_known = self._images.get_or_compress(key, num_voco_tokens, make)
         return cache, Spent() if is_known else spent
@@ -275,7 +275,7 @@ class DemoEngine:
             )
         return min(self.limits.max_tokens, self.window - num_prompt_tokens)
 
-    def _tokenize(self, prompt: str, **images: Any) -> Any:
+    def _tokenize(self, prompt: str, **images: Any) -> BatchFeature:
         add_special_tokens = not starts_with_bos(prompt, self.processor)
         return self.processor(text=prompt, add_special_tokens=add_special_tokens, return_tensors="pt", **images)
 

@@ -1,12 +1,11 @@
 """What the page's server hands out and takes in, whatever Gradio is told by its environment."""
 
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio_client.utils import is_http_url_like
 
-from ..serving.limits import Receive, Send, refuse
+from ..serving.limits import App, Receive, Scope, Send, refuse
 
 
 FILE_ROUTES = ("/gradio_api/file=", "/gradio_api/file/")
@@ -19,15 +18,15 @@ class UploadFolderOnly:
     ASGI layer that answers 403 to whoever asks for a file outside of a folder, or for a URL to be fetched.
 
     Args:
-        app (`Any`): The application behind it.
+        app (`Callable`): The application behind it.
         folder (`Path`): Where uploads and written files are.
     """
 
-    def __init__(self, app: Any, folder: Path):
+    def __init__(self, app: App, folder: Path):
         self.app = app
         self.folder = folder.resolve()
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self.allows(scope["path"]):
             return await refuse(send, 403, "there is nothing to be read here")
         await self.app(scope, receive, send)
@@ -60,11 +59,11 @@ def uploads_only(file: gr.File) -> gr.File:
             raise gr.Error("URLs are not fetched: upload the file itself", print_exception=False)
         return await move(path)
 
-    def preprocess(payload: Any) -> str | None:
+    def preprocess(payload: gr.FileData | None) -> str | None:
         return None if payload is None else payload.path
 
     file.async_move_resource_to_block_cache = move_uploaded  # type: ignore[assignment, method-assign]
-    file.preprocess = preprocess  # type: ignore[method-assign]
+    file.preprocess = preprocess  # type: ignore[assignment, method-assign]
     return file
 
 

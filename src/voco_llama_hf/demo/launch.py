@@ -44,8 +44,8 @@ def launch(
     """
     listen(host, port or 0).close()  # Gradio tries a hundred ports, and its threads would stay behind
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(TERMINATED))  # so that uploads do not stay behind
-    with tempfile.TemporaryDirectory(prefix="voco-llama-demo-") as name:
-        folder = Path(name).resolve()
+    with tempfile.TemporaryDirectory(prefix="voco-llama-demo-") as temporary:
+        folder = Path(temporary).resolve()
         # Gradio looks when it is imported, so the page comes after
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

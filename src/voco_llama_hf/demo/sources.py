@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..images import decode_image
-from ..modeling import VoCoCache, VoCoLlamaProcessor
+from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.cache_voco_llama import check_cache
 from ..modeling.fingerprint_voco_llama import with_images
 from ..serving import Limits
@@ -78,7 +79,9 @@ def open_picture(path: str, owner: str, limits: Limits, num_frames: int) -> tupl
     return source, pictures
 
 
-def load_cache(path: str, model: Any, processor: VoCoLlamaProcessor, limits: Limits) -> VoCoCache:
+def load_cache(
+    path: str, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, limits: Limits
+) -> VoCoCache:
     """
     A file of [`VoCoCache.save`] for this very model and its processor.
 
@@ -93,7 +96,9 @@ def load_cache(path: str, model: Any, processor: VoCoLlamaProcessor, limits: Lim
         return cache.to(model.dtype)
 
 
-def open_cache(path: str, owner: str, model: Any, processor: VoCoLlamaProcessor, limits: Limits) -> Source:
+def open_cache(
+    path: str, owner: str, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, limits: Limits
+) -> Source:
     """The source; see [`load_cache`]."""
     cache = load_cache(path, model, processor, limits)
     key, name = f"{owner}/{hash_file(path)}", Path(path).name
@@ -125,7 +130,7 @@ def preprocess(processor: VoCoLlamaProcessor, pictures: list[Any]) -> torch.Tens
     return torch.cat(list(processor.iter_pixel_values(pictures)))
 
 
-def thumbnail(picture: Any) -> str:
+def thumbnail(picture: Image.Image | np.ndarray) -> str:
     """A data URL of a small copy."""
     image = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -4,9 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from ..modeling import VoCoLlamaForConditionalGeneration
 
 
 @dataclass
@@ -28,16 +29,16 @@ class Spent:
 class Stopwatch:
     """Clocks calls of a model. For one call at a time."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: VoCoLlamaForConditionalGeneration):
         self._vision_ms = self._entered = 0.0
         for part in (model.model.vision_tower, model.model.multi_modal_projector):
             part.register_forward_pre_hook(self._enter)
             part.register_forward_hook(self._leave)
 
-    def _enter(self, *args: Any) -> None:
+    def _enter(self, *args: object) -> None:
         self._entered = clock()
 
-    def _leave(self, *args: Any) -> None:
+    def _leave(self, *args: object) -> None:
         self._vision_ms += clock() - self._entered
 
     @contextmanager

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from ..images import open_image
-from ..modeling import VoCoLlamaProcessor
+from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..prompts import build_prompt, check_question, starts_with_bos
 from .runtime import ORTVoCoLlamaForConditionalGeneration
 
@@ -85,7 +84,7 @@ def check_questions(
 
 @torch.no_grad()
 def compare_answers(
-    model: Any,
+    model: VoCoLlamaForConditionalGeneration,
     exported: ORTVoCoLlamaForConditionalGeneration,
     processor: VoCoLlamaProcessor,
     kind: str,
@@ -105,8 +104,8 @@ def compare_answers(
             inputs = ask(processor, image, questions, num_voco_tokens).to(model.device)
             answered, is_answer = answer(model, dict(inputs))
             expected = model(**answered).logits[:, :-1][is_answer].float()
-            outputs: Any = exported(**answered)
-            logits = outputs.logits[:, :-1].to(expected.device)[is_answer].float()
+            outputs = exported(**answered)
+            logits = outputs.logits[:, :-1].to(expected.device)[is_answer].float()  # type: ignore[index]
             same.append(logits.argmax(-1) == expected.argmax(-1))
             differences.append((logits - expected).norm(dim=-1) / expected.norm(dim=-1))
     is_same = torch.cat(same)
@@ -127,7 +126,7 @@ def ask(processor: VoCoLlamaProcessor, image: Image.Image, questions: Sequence[s
     )
 
 
-def answer(model: Any, inputs: dict) -> tuple[dict, torch.Tensor]:
+def answer(model: VoCoLlamaForConditionalGeneration, inputs: dict) -> tuple[dict, torch.Tensor]:
     """The inputs with PyTorch's greedy answers behind them, and where the next token is one of an answer."""
     length = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)

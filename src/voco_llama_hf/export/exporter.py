@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir
 import torch
@@ -31,7 +31,7 @@ from .validation import Difference, check_differences, compare
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUANTIZATIONS = ("int8", "int4")
-FUSIONS = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+FUSIONS: dict[str | None, Literal["cpu", "cuda"]] = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 FILES = {COMPRESSOR: COMPRESSOR_FILE, DECODER: DECODER_FILE}
 
 
@@ -62,7 +62,7 @@ def export_onnx(
     images: Sequence[Image.Image] | None = None,
     questions: Sequence[str] | None = None,
     atol: float | None = None,
-    progress: Callable[[str], Any] = lambda step: None,
+    progress: Callable[[str], object] = lambda step: None,
 ) -> ExportReport:
     """
     Exports a model as two ONNX graphs, runs them against PyTorch, and writes them with all that
@@ -144,7 +144,7 @@ def export_onnx(
     return ExportReport(sizes, differences, answers)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """
     Raises:
         ValueError: if it is not a [`VoCoLlamaForConditionalGeneration`], above all if an adapter is around it.
@@ -178,7 +178,7 @@ def in_precision(
 ) -> Iterator[VoCoLlamaForConditionalGeneration]:
     """The model in evaluation mode and one precision: itself, left as it was, or a copy."""
     if {parameter.dtype for parameter in model.parameters()} != {dtype}:
-        copied: Any = copy.deepcopy(model)
+        copied: Any = copy.deepcopy(model)  # whose `to` transformers annotates as a plain function
         yield copied.to(dtype).eval()
         return
     training = model.training
@@ -189,7 +189,9 @@ def in_precision(
         model.train(training)
 
 
-def convert(graph: Graph, quantize: str | None, fusions: Any, opset: int | None) -> onnx_ir.Model:
+def convert(
+    graph: Graph, quantize: str | None, fusions: Literal["cpu", "cuda"] | None, opset: int | None
+) -> onnx_ir.Model:
     """One graph as ONNX, fused and quantized."""
     quantizer = None
     if quantize == "int8":

@@ -24,13 +24,13 @@ def read_cache(
             f"past_key_values must be a DynamicCache of {signature.layers} layers, got a {type(cache).__name__} of "
             f"{len(cache.layers)}"
         )
-    cached: Any = cache.layers
+    cached: Any = cache.layers  # of keys and values; other kinds of model have others
     return [(layer.keys, layer.values) for layer in cached]
 
 
 def write_cache(cache: Cache, present: KeyValues) -> None:
     """Makes `present` the content of a cache, without a copy where it has layers already."""
-    layers: Any = cache.layers
+    layers: Any = cache.layers  # of keys and values
     for number, (keys, values) in enumerate(present):
         if number == len(layers) or not layers[number].is_initialized:
             cache.update(keys, values, number)

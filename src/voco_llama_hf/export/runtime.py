@@ -21,10 +21,10 @@ from ..files import new_folder
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from ..modeling.cache_voco_llama import check_cache
 from ..modeling.compat_voco_llama import CACHE
-from ..modeling.compression_voco_llama import COMPRESSION_BATCH_SIZE
+from ..modeling.compression_voco_llama import COMPRESSION_BATCH_SIZE, fit_counts
 from ..modeling.generation_voco_llama import VoCoLlamaGenerationMixin
 from ..modeling.injection_voco_llama import CompressedImages
-from ..modeling.layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
+from ..modeling.layout_voco_llama import per_image_counts
 from ..modeling.outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast
 from ..modeling.rotation_voco_llama import rotate_keys
 from .files import FINGERPRINT
@@ -87,18 +87,18 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         files: Sequence[Path] = (),
     ):
         self.compressor, self.decoder = compressor, decoder
-        self.config: Any = config
+        self.config = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self._files = list(files)
         self._aside: tempfile.TemporaryDirectory | None = None
-        text_config: Any = config.text_config
-        self._signature = Signature(text_config)
+        text_config = config.text_config
+        self._signature = Signature(text_config)  # type: ignore[arg-type]
         self._signature.check(compressor, decoder)
         self.dtype, _ = decoder.output_types["present.0.key"]
         self.device = decoder.device
         # Images are put in at their place, for which their keys are rotated
         with torch.device("meta"):
-            rotary_class: Any = type(AutoModel.from_config(text_config).rotary_emb)
+            rotary_class = type(AutoModel.from_config(text_config).rotary_emb)
         self.rotary_emb = rotary_class(text_config).to(self.device)
 
     @classmethod
@@ -203,7 +203,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
     def eval(self) -> "ORTVoCoLlamaForConditionalGeneration":
         return self
 
-    def to(self, device: Any) -> "ORTVoCoLlamaForConditionalGeneration":
+    def to(self, device: str | int | torch.device) -> "ORTVoCoLlamaForConditionalGeneration":
         """
         Raises:
             ValueError: if it asks for another device than that of the provider.
@@ -268,21 +268,13 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         """See [`VoCoLlamaModel.get_compressed_images`]; what the vision tower hands on is fixed in the graph."""
         if chosen := sorted(name for name, value in vision_options.items() if value is not None):
             raise ValueError(f"{chosen[0]} is fixed in the exported graph: export a model whose configuration says it")
-        given: Any = pixel_values if voco_cache is None else voco_cache
-        if voco_cache is not None and num_voco_tokens is None:
-            num_voco_tokens = voco_cache.token_counts
-        counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
-        find_starts(voco_mask, counts)
+        given: Any = pixel_values if voco_cache is None else voco_cache  # one of both is there
+        counts = fit_counts(voco_mask, len(given), num_voco_tokens, voco_cache)
         if voco_cache is None:
             voco_cache = self.compress(given, counts, show_progress=False)
         else:
-            voco_cache.resolve(counts)
             check_cache(voco_cache, self.config, self.fingerprint())
-        offsets = np.concatenate([np.arange(count) for count in counts])
-        rows, columns = voco_mask.nonzero()
-        return CompressedImages(
-            voco_cache.keys, voco_cache.values, None, offsets, rows, columns + start, len(voco_mask)
-        )
+        return CompressedImages.place(voco_cache.keys, voco_cache.values, None, counts, voco_mask, start)
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):  # type: ignore[override]
         """
@@ -374,7 +366,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         if use_cache:
             write_cache(cache, present)
         logits = slice_logits_to_keep(logits, logits_to_keep)
-        return VoCoLlamaCausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        named_cache: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return VoCoLlamaCausalLMOutputWithPast(logits=logits, **named_cache)
 
     def _decode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: KeyValues

@@ -114,7 +114,7 @@ def make_card(
     }
     name = name or Path(model_id).name
     data = merge_metadata(None if card is None else card.data, given, datasets, tags, eval_results, name)
-    cost: Any = CostModel(config)
+    cost = CostModel(config)
     size = config.vision_config.image_size  # type: ignore[union-attr]
     rendered = ModelCard.from_template(
         data,
@@ -218,8 +218,8 @@ def folder_card(
 
 def hub_base(folder: Path) -> str | None:
     """The base model of adapters, if it lies on the Hub."""
-    base: Any = find_base(str(folder))
-    return None if os.path.isdir(base.name) else base.name
+    base = find_base(str(folder))
+    return None if os.path.isdir(base.name) else base.name  # type: ignore[union-attr]
 
 
 def is_untouched_template(card: ModelCard) -> bool:
@@ -315,7 +315,7 @@ def writes_bos(processor: VoCoLlamaProcessor) -> bool:
     if processor.chat_template is None:
         return False
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    prompt: Any = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     return starts_with_bos(prompt, processor)
 
 

@@ -40,11 +40,11 @@ class CostModel:
     """
 
     def __init__(self, config: VoCoLlamaConfig):
-        self.config: Any = config
+        self.config: Any = config  # a VoCoLlamaConfig, whose parts are of whatever classes they name
         self.num_vision_tokens = count_vision_tokens(config)
         # Under DeepSpeed's ZeRO-3 the weights of a new model would be shared out among the processes
         with set_zero3_state(), torch.device("meta"):
-            model: Any = AutoModel.from_config(config)
+            model = AutoModel.from_config(config)
         self.num_parameters = model.num_parameters() + (0 if config.tie_word_embeddings else self.head_weights)
         self.text_weights = linear_weights(model.language_model)
         self.vision_weights = linear_weights(model.vision_tower.encoder)

@@ -144,7 +144,7 @@ def reading_of(figure: EvalResult) -> str:
     return str(args.get("attention_mode", ""))
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
     return "" if value is None else str(value)

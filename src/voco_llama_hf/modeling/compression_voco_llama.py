@@ -1,6 +1,6 @@
 """Images into VoCo tokens: for later questions, as a [`VoCoCache`], or for the batch in which they stand."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ COMPRESSION_BATCH_SIZE = 16
 class VoCoLlamaCompressionMixin:
     """Compression for a model of a vision tower and a text model, see [`VoCoLlamaModel`]."""
 
-    config: Any
+    config: Any  # a VoCoLlamaConfig, whose parts are of whatever classes they name
     dtype: torch.dtype
-    embed_ids: Any
-    language_model: Any
-    get_vision_features: Any
+    embed_ids: Callable[[list[int]], torch.Tensor]
+    language_model: Any  # of whatever class the configuration names
+    get_input_embeddings: Callable[[], torch.nn.Module]
+    get_vision_features: Callable[..., torch.Tensor]
     training: bool
     _fingerprint: FingerprintMemo
     _rotation_is_checked: bool
@@ -126,23 +127,17 @@ class VoCoLlamaCompressionMixin:
             ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, or another model has made
                 `voco_cache`.
         """
-        given: Any = pixel_values if voco_cache is None else voco_cache
-        if voco_cache is not None and num_voco_tokens is None:
-            num_voco_tokens = voco_cache.token_counts
-        counts = resolve_num_voco_tokens(num_voco_tokens, len(given), int(voco_mask.sum()))
-        find_starts(voco_mask, counts)
+        given: Any = pixel_values if voco_cache is None else voco_cache  # one of both is there
+        counts = fit_counts(voco_mask, len(given), num_voco_tokens, voco_cache)
         self._check_rotation()
         if voco_cache is not None:
-            voco_cache.resolve(counts)
             check_cache(voco_cache, self.config, self.fingerprint(exact=False))
             keys, values, hidden_states = voco_cache.keys, voco_cache.values, None
         else:
             # With a gradient all of them stay in memory, however many are compressed at a time
             batch_size = len(given) if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
             keys, values, hidden_states = compress_images(self, given, counts, batch_size, **vision_options)
-        offsets = np.concatenate([np.arange(count) for count in counts])
-        rows, columns = voco_mask.nonzero()
-        return CompressedImages(keys, values, hidden_states, offsets, rows, columns + start, len(voco_mask))
+        return CompressedImages.place(keys, values, hidden_states, counts, voco_mask, start)
 
     def rotate_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
@@ -180,4 +175,23 @@ class VoCoLlamaCompressionMixin:
         return self._fingerprint.get(self, exact)
 
 
-__all__ = ["COMPRESSION_BATCH_SIZE", "VoCoLlamaCompressionMixin"]
+def fit_counts(
+    voco_mask: np.ndarray,
+    num_images: int,
+    num_voco_tokens: int | list[int] | torch.Tensor | None,
+    voco_cache: VoCoCache | None,
+) -> list[int]:
+    """
+    VoCo tokens of each image of a call.
+
+    Raises:
+        ValueError: if images, `<voco>` tokens, `num_voco_tokens` and what a `voco_cache` holds do not fit.
+    """
+    if voco_cache is not None and num_voco_tokens is None:
+        num_voco_tokens = voco_cache.token_counts
+    counts = resolve_num_voco_tokens(num_voco_tokens, num_images, int(voco_mask.sum()))
+    find_starts(voco_mask, counts)
+    return counts if voco_cache is None else voco_cache.resolve(counts)
+
+
+__all__ = ["COMPRESSION_BATCH_SIZE", "VoCoLlamaCompressionMixin", "fit_counts"]

@@ -95,7 +95,7 @@ def key_value_shape(text_config: PreTrainedConfig) -> tuple[int, int, int]:
 
 def count_vision_tokens(config: "VoCoLlamaConfig") -> int:
     """Vision tokens of an image, which its VoCo tokens stand for."""
-    vision: Any = config.vision_config
+    vision: Any = config.vision_config  # of whatever class the vision tower has
     patches = (vision.image_size // vision.patch_size) ** 2
     has_class_token = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
     return patches + has_class_token
@@ -103,8 +103,7 @@ def count_vision_tokens(config: "VoCoLlamaConfig") -> int:
 
 def cache_bytes(config: "VoCoLlamaConfig", num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of a number of tokens."""
-    text_config: Any = config.text_config
-    layers, heads, head_dim = key_value_shape(text_config)
+    layers, heads, head_dim = key_value_shape(config.text_config)  # type: ignore[arg-type]
     return 2 * layers * heads * head_dim * num_tokens * dtype.itemsize
 
 

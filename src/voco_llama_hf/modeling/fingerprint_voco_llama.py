@@ -5,15 +5,27 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .configuration_voco_llama import key_value_shape
-from .weights_voco_llama import BLOCK_WORDS, Checksums, EffectiveWeights, block_sums, is_tuner_layer, read_embeddings
+from .configuration_voco_llama import VoCoLlamaConfig, key_value_shape
+from .weights_voco_llama import (
+    BLOCK_WORDS,
+    Checksums,
+    CompressingModel,
+    EffectiveWeights,
+    block_sums,
+    is_tuner_layer,
+    read_embeddings,
+)
+
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -125,7 +137,7 @@ def differing_settings(old: str | None, new: str | None, what: str) -> list[str]
     return [f"{name} is {first[name]}, not {second[name]}" for name in names]
 
 
-def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(settings: object, prefix: str = "") -> dict[str, Any]:
     """Nested settings by names such as `"text_config.rope_parameters.rope_theta"`."""
     if not isinstance(settings, dict):
         return {prefix: settings}
@@ -169,7 +181,7 @@ def join_fingerprints(first: Mapping[str, str], other: Mapping[str, str]) -> Fin
     return joined
 
 
-def with_images(fingerprint: Mapping[str, str], image_processor: Any) -> Fingerprint:
+def with_images(fingerprint: Mapping[str, str], image_processor: "BaseImageProcessor") -> Fingerprint:
     """
     A fingerprint that also says how the images are preprocessed.
 
@@ -180,7 +192,7 @@ def with_images(fingerprint: Mapping[str, str], image_processor: Any) -> Fingerp
     return Fingerprint({**fingerprint, IMAGE_PROCESSOR: json.dumps(image_settings(image_processor), sort_keys=True)})
 
 
-def image_settings(image_processor: Any) -> dict[str, Any]:
+def image_settings(image_processor: "BaseImageProcessor") -> dict[str, Any]:
     """What decides on the pixels that an image processor returns."""
     settings = image_processor.to_dict()
     steps = {step: bool(settings.get(step)) for step in IMAGE_STEPS}
@@ -211,7 +223,7 @@ def describe_quantization(config: PreTrainedConfig, packed: set[str]) -> str:
     return " ".join([str(settings.get("quant_method")), *sorted(packed), digest])
 
 
-def describe_rotation(model: Any) -> str:
+def describe_rotation(model: CompressingModel) -> str:
     """Whether the rotary embedding is what the configuration says; its numbers differ a little between devices."""
     rotation, config = model.language_model.rotary_emb, model.config.text_config
     buffers = {name: buffer for name, buffer in rotation.named_buffers() if not buffer.is_meta}
@@ -249,7 +261,7 @@ def describe_adapters(adapters: dict[str, dict[str, Any]]) -> str:
     return " ".join(f"{name}:{digest}" for name, digest in digests.items())
 
 
-def settings_fingerprint(config: Any) -> dict[str, str]:
+def settings_fingerprint(config: Any) -> dict[str, str]:  # a VoCoLlamaConfig, its parts of whatever classes
     """The part of a fingerprint that is known without weights."""
     layers, heads, head_dim = key_value_shape(config.text_config)
     return {
@@ -271,8 +283,8 @@ class ModelState:
     them written, which adapters are active, and its configuration.
     """
 
-    def __init__(self, model: Any):
-        modules: list[torch.nn.Module] = [model]
+    def __init__(self, model: CompressingModel):
+        modules: list[torch.nn.Module] = [model]  # type: ignore[list-item]  # a module, which a Protocol cannot say
         self.tensors: list[torch.Tensor] = []
         self.adapters: list[tuple] = []
         has_adapters = "peft.tuners.tuners_utils" in sys.modules
@@ -294,11 +306,11 @@ class ModelState:
         return self.places, self.versions, self.adapters, compression_settings(self.config), ids_of(self.config)
 
 
-def ids_of(config: Any) -> tuple:
+def ids_of(config: VoCoLlamaConfig) -> tuple:
     return config.voco_token_id, config.vision_prefix_token_ids, config.vision_suffix_token_ids
 
 
-def adapter_state(module: Any) -> list[tuple]:
+def adapter_state(module: Any) -> list[tuple]:  # any module; what is asked of a layer of PEFT only such a one has
     """Switches of a layer of PEFT."""
     if "_active_adapter" not in vars(module):
         return []
@@ -331,7 +343,7 @@ class FingerprintMemo:
         # A copy belongs to a model of its own
         return type(self), ()
 
-    def get(self, model: Any, exact: bool) -> Fingerprint:
+    def get(self, model: CompressingModel, exact: bool) -> Fingerprint:
         """
         Args:
             model ([`VoCoLlamaModel`]): Always the same one.
@@ -343,7 +355,7 @@ class FingerprintMemo:
             self._compute(model, state)
         return Fingerprint(self.fingerprint or {})
 
-    def _compute(self, model: Any, state: ModelState) -> None:
+    def _compute(self, model: CompressingModel, state: ModelState) -> None:
         found = EffectiveWeights(model)
         checksums = Checksums(found.values)
         self._own, self._own_digest = checksums.own, checksums.digests[checksums.own]
@@ -362,7 +374,7 @@ class FingerprintMemo:
             }
         )
 
-    def _is_unchanged(self, model: Any) -> bool:
+    def _is_unchanged(self, model: CompressingModel) -> bool:
         found = EffectiveWeights(model)
         checksums = Checksums(found.values, own_only=True)
         return (
@@ -371,7 +383,9 @@ class FingerprintMemo:
             and describe_rotation(model) == self._rotation
         )
 
-    def _watch(self, model: Any, state: ModelState, found: EffectiveWeights, checksums: Checksums) -> None:
+    def _watch(
+        self, model: CompressingModel, state: ModelState, found: EffectiveWeights, checksums: Checksums
+    ) -> None:
         """Remembers what [`_seems_unchanged`] compares."""
         self._is_small = sum(tensor.numel() for tensor in state.tensors) <= SMALL_MODEL
         self._values, self._rows = {}, None
@@ -390,7 +404,7 @@ class FingerprintMemo:
         self._blocks = np.random.default_rng(0).permutation(np.array(blocks, np.int64).reshape(-1, 3))
         self._turn = 0
 
-    def _seems_unchanged(self, model: Any, state: ModelState) -> bool:
+    def _seems_unchanged(self, model: CompressingModel, state: ModelState) -> bool:
         if self._is_small:
             values = join_values(state.tensors)
             return all(torch.equal(values[kind], kept) for kind, kept in self._values.items())

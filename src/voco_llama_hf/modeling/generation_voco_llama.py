@@ -4,6 +4,7 @@ from .compat_voco_llama import CACHE, CHUNKS_FOLLOW_A_CACHE
 
 
 # isort: split
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
     takes `compressed_images`.
     """
 
-    config: Any
-    get_compressed_images: Any
-    get_voco_mask: Any
+    config: Any  # a VoCoLlamaConfig, whose parts are of whatever classes they name
+    get_compressed_images: Callable[..., CompressedImages]
+    get_voco_mask: Callable[[torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
     @torch.no_grad()
     def generate(
@@ -119,7 +120,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
             return None
         if voco_cache is not None and voco_mask[:, -1].any():
             raise ValueError("a prompt that uses a voco_cache must end with text, but its last token is <voco>")
-        given: Any = pixel_values if voco_cache is None else voco_cache
+        given: Any = pixel_values if voco_cache is None else voco_cache  # one of both is there
         if voco_cache is not None and num_voco_tokens is None:
             num_voco_tokens = voco_cache.token_counts
         images, counts = find_new_images(voco_mask, seen, num_voco_tokens, len(given))

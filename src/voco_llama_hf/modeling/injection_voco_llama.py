@@ -38,6 +38,24 @@ class CompressedImages:
     columns: np.ndarray
     batch_size: int
 
+    @classmethod
+    def place(
+        cls,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        hidden_states: torch.Tensor | None,
+        counts: list[int],
+        voco_mask: np.ndarray,
+        start: int,
+    ) -> "CompressedImages":
+        """
+        Images of `counts` VoCo tokens, where `voco_mask` of shape `(batch_size, num_columns)` has their tokens; it
+        begins at the column `start` of the whole sequence.
+        """
+        offsets = np.concatenate([np.arange(count) for count in counts])
+        rows, columns = voco_mask.nonzero()
+        return cls(keys, values, hidden_states, offsets, rows, columns + start, len(voco_mask))
+
     @torch.compiler.disable
     def stand_in(self, start: int, length: int) -> bool:
         """Whether any token stands in `length` columns from `start` on."""

@@ -66,8 +66,7 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
     """
 
     def __init__(self, config: VoCoLlamaConfig):
-        text_config: Any = config.text_config
-        check_text_config(text_config)
+        check_text_config(config.text_config)  # type: ignore[arg-type]
         super().__init__(config)
         self._fingerprint = FingerprintMemo()
         self._rotation_is_checked = False
@@ -111,12 +110,12 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         # As a batch of one sequence, which is what hooks and adapters of embeddings expect
         return embedding(ids)[0]
 
-    def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
+    def get_voco_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`(batch_size, sequence_length)` mask of the `<voco>` tokens of a sequence given as ids or as embeddings."""
         if input_ids is not None:
             return input_ids == self.config.voco_token_id
         voco_embed = self.embed_ids([self.config.voco_token_id])[0]
-        return torch.eq(inputs_embeds, voco_embed.to(inputs_embeds)).all(-1)
+        return torch.eq(inputs_embeds, voco_embed.to(inputs_embeds)).all(-1)  # type: ignore[arg-type]
 
     @can_return_tuple
     def forward(

@@ -1,5 +1,6 @@
 """Keyword arguments of the processor: what there are, and who takes them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class ProcessorOptions:
     return_tensors: str | None
 
     @classmethod
-    def sort(cls, kwargs: Any, processor: "VoCoLlamaProcessor") -> "ProcessorOptions":
+    def sort(cls, kwargs: Mapping[str, Any], processor: "VoCoLlamaProcessor") -> "ProcessorOptions":
         """
         As transformers sorts them: flat, as `text_kwargs`, `images_kwargs` and `videos_kwargs`, or as `common_kwargs`;
         what nobody takes is warned of.

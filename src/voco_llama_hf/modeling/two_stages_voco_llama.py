@@ -3,14 +3,14 @@ The second way to compute: images are compressed first, each on its own under pl
 sequence runs with the keys and values of their VoCo tokens in its cache. For inference, and training where it fits.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from transformers import Cache, DynamicCache
 from transformers.utils import logging
 
-from .attention_voco_llama import create_ruled_mask, group_positions, text_group_function
+from .attention_voco_llama import Mask, create_ruled_mask, group_positions, text_group_function
 from .compat_voco_llama import CACHE
 from .injection_voco_llama import CompressedImages, CompressionCache, InjectionCache, views_by_layer
 from .outputs_voco_llama import VoCoLlamaModelOutputWithPast
@@ -100,7 +100,7 @@ def run_second_stage(
     cache: Cache | None,
     use_cache: bool,
     text_groups: torch.Tensor | None,
-    attention_mask: Any,
+    attention_mask: Mask | dict[str, Mask],
     position_ids: torch.Tensor | None,
     **kwargs,
 ) -> VoCoLlamaModelOutputWithPast:
@@ -124,11 +124,11 @@ def run_second_stage(
     """
     cache = DynamicCache(config=model.config.text_config) if cache is None else cache
     (batch_size, length), device = inputs_embeds.shape[:2], inputs_embeds.device
-    mask: Any = attention_mask
+    mask = attention_mask
     if text_groups is not None:
         position_ids = group_positions(text_groups) if position_ids is None else position_ids
         rule = text_group_function(text_groups)
-        mask = create_ruled_mask(model.config.text_config, inputs_embeds, attention_mask, position_ids, rule)
+        mask = create_ruled_mask(model.config.text_config, inputs_embeds, attention_mask, position_ids, rule)  # type: ignore[arg-type]
     elif position_ids is None:
         position_ids = torch.arange(length, device=device)[None] + cache.get_seq_length()
     rows, columns = (torch.from_numpy(places).to(device) for places in (images.rows, images.columns))
@@ -193,7 +193,11 @@ def _with_voco_states(
 
 
 def _runs_all(
-    model: "VoCoLlamaCompressionMixin", num_front: int, length: int, attention_mask: Any, arguments: dict[str, Any]
+    model: "VoCoLlamaCompressionMixin",
+    num_front: int,
+    length: int,
+    attention_mask: Mask | dict[str, Mask],
+    arguments: dict[str, Any],
 ) -> bool:
     """Whether columns in front of all text are run, and their keys and values replaced."""
     config = model.config.text_config
@@ -205,29 +209,31 @@ def _runs_all(
     return bool(records_layers) or not is_plain or are_few
 
 
-def tells_padding(attention_mask: Any) -> bool:
+def tells_padding(attention_mask: Mask | dict[str, Mask]) -> TypeGuard[torch.Tensor]:
     """Whether a mask is one of tokens, and not a finished one of who attends to whom."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 @torch.compiler.disable
-def count_front_columns(images: CompressedImages, length: int, attention_mask: Any) -> int:
+def count_front_columns(images: CompressedImages, length: int, attention_mask: Mask | dict[str, Mask]) -> int:
     """
     Columns that hold nothing but images, or padding, in every row, in front of all others. Padding is known if
     [`tells_padding`].
     """
-    is_text: Any = np.ones((images.batch_size, length), dtype=bool)
+    is_text = np.ones((images.batch_size, length), dtype=bool)
     is_text[images.rows, images.columns] = False
     if tells_padding(attention_mask):
         is_text &= attention_mask[:, -length:].bool().cpu().numpy()
     has_text = is_text.any(axis=0)
     # At least one column is run, for the last hidden states
-    has_text[-1] = True
+    has_text[-1] = True  # type: ignore[index]
     return int(has_text.argmax())
 
 
 @torch.compiler.disable
-def split_tokens(is_front: np.ndarray, device: torch.device) -> tuple[Any, Any]:
+def split_tokens(
+    is_front: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[slice, slice]:
     """Indices of tokens in front and of the others; where there are no others, slices, which copy nothing."""
     num_front = int(is_front.sum())
     if num_front in (0, len(is_front)):

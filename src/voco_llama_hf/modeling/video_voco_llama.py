@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers.utils import is_av_available
-from transformers.video_utils import VideoMetadata, default_sample_indices_fn, is_valid_video_frame, load_video
+from transformers.video_utils import (
+    VideoInput,
+    VideoMetadata,
+    default_sample_indices_fn,
+    is_valid_video_frame,
+    load_video,
+)
 
 
 def sample_frames(metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None) -> Any:
@@ -59,7 +65,7 @@ def check_num_frames(path: str | os.PathLike, total: int) -> None:
 
 
 def load_videos(
-    videos: Any,
+    videos: VideoInput,
     num_frames: int | None = None,
     fps: float | None = None,
     do_sample_frames: bool | None = None,
@@ -154,7 +160,7 @@ def _decode(path: str, num_frames: int | None, fps: float | None) -> list:
     return list(frames)
 
 
-def _load(path: Any, sample_indices_fn: Callable) -> Any:
+def _load(path: Any, sample_indices_fn: Callable) -> Any:  # a path, which `load_video` takes but is not annotated for
     """Frames and metadata."""
     try:
         return load_video(path, backend="pyav", sample_indices_fn=sample_indices_fn)

@@ -2,10 +2,10 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,15 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What the last layer does with its keys and values, and behind it
 LAST_LAYER_LEFT_OUT = ("mlp", "post_attention_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.o_proj")
 PLAIN = (str, int, float, bool, bytes, torch.dtype, type(None))
+
+
+class CompressingModel(Protocol):
+    """What is asked of a [`VoCoLlamaModel`], which is a module besides."""
+
+    config: Any  # a VoCoLlamaConfig, whose parts are of whatever classes they name
+    language_model: Any  # of whatever class the configuration names
+    embed_ids: Callable[[list[int]], torch.Tensor]
+    get_input_embeddings: Callable[[], torch.nn.Module]
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class EffectiveWeights:
             False if some weights are nowhere, as on the meta device.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: CompressingModel):
         self.values: dict[str, Any] = {}
         self.adapters: dict[str, dict[str, Any]] = {}
         self.names: set[str] = set()
@@ -67,7 +76,7 @@ class EffectiveWeights:
         self._left_out = {"language_model.norm", *(f"{last}.{name}" for name in LAST_LAYER_LEFT_OUT)}
         # Of the embeddings only some rows are read, and the rotation is compared with the configuration
         self._embedding, self._rotation = model.get_input_embeddings(), model.language_model.rotary_emb
-        self._visit(model, "", [])
+        self._visit(model, "", [])  # type: ignore[arg-type]
         self._add("embeddings", read_embeddings(model))
 
     def _visit(self, module: torch.nn.Module, name: str, maps: list[tuple[Mapping, str]]) -> None:
@@ -101,6 +110,7 @@ class EffectiveWeights:
         self._visit(module.get_submodule(key), name, [(weights, f"{way}{key}.") for weights, way in maps])
 
     def _visit_adapters(self, layer: Any, name: str, maps: list[tuple[Mapping, str]]) -> None:
+        # A `BaseTunerLayer` of PEFT, which need not be installed
         if layer.disable_adapters or layer.merged:
             return
         for adapter in layer.active_adapters:
@@ -121,7 +131,7 @@ class EffectiveWeights:
                 self.adapters.setdefault(adapter, {}).update(found)
                 self.names.add(adapter)
 
-    def _locate(self, value: Any, key: str, maps: list[tuple[Mapping, str]]) -> Any:
+    def _locate(self, value: object, key: str, maps: list[tuple[Mapping, str]]) -> object:
         if not isinstance(value, torch.Tensor) or not value.is_meta:
             return value
         for weights, way in reversed(maps):
@@ -131,7 +141,7 @@ class EffectiveWeights:
         self.is_complete = False
         return value
 
-    def _add(self, name: str, value: Any) -> None:
+    def _add(self, name: str, value: object) -> None:
         if isinstance(value, torch.Tensor) and value.is_meta:
             self.is_complete = False
         self.values[name.removeprefix(".")] = value
@@ -196,7 +206,7 @@ def is_wrapper_to_save(module: torch.nn.Module) -> bool:
     return isinstance(module, _peft_class("peft.utils.other", "ModulesToSaveWrapper"))
 
 
-def active_copy(wrapper: Any) -> str | None:
+def active_copy(wrapper: Any) -> str | None:  # a `ModulesToSaveWrapper` of PEFT, which need not be installed
     """The adapter whose copy of a module is run in its place, if any is."""
     active = wrapper.active_adapters
     known = active and all(adapter in wrapper.modules_to_save for adapter in active)
@@ -204,7 +214,7 @@ def active_copy(wrapper: Any) -> str | None:
 
 
 @torch.no_grad()
-def read_embeddings(model: Any) -> torch.Tensor:
+def read_embeddings(model: CompressingModel) -> torch.Tensor:
     """Embeddings of the tokens of a segment, through whatever wraps them, offloads them or adds to them."""
     config = model.config
     return model.embed_ids([*config.vision_prefix_token_ids, *config.vision_suffix_token_ids, config.voco_token_id])
@@ -238,7 +248,7 @@ class Checksums:
         for sha256 in self._hashes.values():
             sha256.update(f"{text};".encode())
 
-    def _add(self, name: str, value: Any) -> None:
+    def _add(self, name: str, value: object) -> None:
         if isinstance(value, Offloaded):
             self._add_tensor(name, value.load())
         elif isinstance(value, PLAIN):

@@ -3,10 +3,9 @@
 import ipaddress
 import secrets
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
-from .limits import Receive, Send, refuse
+from .limits import App, Receive, Scope, Send, refuse
 
 
 OPEN_ROUTES = ("/health",)
@@ -18,17 +17,17 @@ class AccessMiddleware:
     browser on this machine can have its own name point here, and would read the answers.
 
     Args:
-        app (`Any`): The application behind it.
+        app (`Callable`): The application behind it.
         allowed_hosts (`Sequence[str]`): Names that are answered, besides addresses and `localhost`; `"*"` is any.
         api_keys (`Sequence[str]`): Keys of which a request must bring one; without any, none is asked for.
     """
 
-    def __init__(self, app: Any, allowed_hosts: Sequence[str] = (), api_keys: Sequence[str] = ()):
+    def __init__(self, app: App, allowed_hosts: Sequence[str] = (), api_keys: Sequence[str] = ()):
         self.app = app
         self.allowed_hosts = {name.lower() for name in ("localhost", *allowed_hosts)}
         self.api_keys = [key.encode() for key in api_keys]
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = dict(scope["headers"])
             host = headers.get(b"host", b"").decode("latin-1")

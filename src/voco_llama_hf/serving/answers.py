@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..modeling import VoCoCache
 from .sampling import Sampling
@@ -63,7 +64,7 @@ class Answer:
         end_ids (`Collection[int]`): Tokens that end an answer.
     """
 
-    def __init__(self, job: Job, tokenizer: Any, end_ids: Collection[int]):
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]):
         self.job = job
         self.caches: list[VoCoCache] = []
         self.cached_tokens = 0
@@ -128,7 +129,7 @@ class Answer:
 class Detokenizer:
     """Tokens to text, one at a time: what was given out does not change when more tokens come."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._start = self._read = 0
@@ -153,7 +154,7 @@ class Detokenizer:
         return whole[len(known) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)  # type: ignore[return-value]
 
 
 class StopText:

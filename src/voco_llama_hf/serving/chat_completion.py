@@ -3,11 +3,11 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from fastapi import HTTPException, Request, Response
@@ -29,6 +29,8 @@ from .messages import check_options, is_integer, parse_body, parse_messages, par
 from .remote_images import ImageLoader, decode_data_url, is_data_url
 from .sampling import Sampling
 
+
+T = TypeVar("T")
 
 MAX_VOCO_TOKENS = 64
 READERS = 1  # threads that tokenize and decode: more take the event loop's turns, and hold hundreds of megabytes each
@@ -116,7 +118,7 @@ class ChatCompletions:
             answer.cancel()
         return JSONResponse(reply.whole(text, answer))
 
-    async def _in_thread(self, function: Any, *args: Any) -> Any:
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
 
     # What threads read
@@ -136,7 +138,7 @@ class ChatCompletions:
             check_num_tokens(len(input_ids), self.window)
         return Asked(body, input_ids, question.urls, num_voco_tokens)
 
-    def _num_voco_tokens(self, asked: Any) -> int:
+    def _num_voco_tokens(self, asked: object) -> int:
         if asked is None:
             return self.processor.num_voco_tokens
         if not is_integer(asked) or not 1 <= asked <= MAX_VOCO_TOKENS:
@@ -218,7 +220,7 @@ class Reply:
         completion = ChatCompletion(object="chat.completion", choices=[choice], usage=usage, **self.about)
         return completion.model_dump(exclude_unset=True)
 
-    def chunk(self, delta: ChoiceDelta, finish_reason: Any = None) -> str:
+    def chunk(self, delta: ChoiceDelta, finish_reason: Literal["stop", "length"] | None = None) -> str:
         """An event with a piece of it, or with the reason for its end."""
         choices = [ChunkChoice(index=0, delta=delta, finish_reason=finish_reason)]
         chunk = ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self.about)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from ..modeling import VoCoCache
+from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .answers import Answer, Job
 from .image_cache import ImageCache
 from .sampling import Drawing
@@ -34,7 +34,7 @@ class Engine:
         images ([`ImageCache`]): Images that were compressed before.
     """
 
-    def __init__(self, model: Any, processor: Any, images: ImageCache):
+    def __init__(self, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, images: ImageCache):
         self.model, self.processor, self.images = model, processor, images
         self.window: int = model.config.text_config.max_position_embeddings
         # Tokens are drawn by `Drawing`, so for `generate` all that counts is which is largest
@@ -123,7 +123,7 @@ class Engine:
         rows = [[self._pad_id] * (length - len(job.input_ids)) + job.input_ids for job in jobs]
         masks = [[0] * (length - len(job.input_ids)) + [1] * len(job.input_ids) for job in jobs]
         caches = [cache for answer in batch for cache in answer.caches]
-        images = {"voco_cache": VoCoCache.cat(caches).to(device)} if caches else {}
+        images: dict[str, Any] = {"voco_cache": VoCoCache.cat(caches).to(device)} if caches else {}
         config = copy.copy(self._config)
         config.max_new_tokens = max(job.max_tokens for job in jobs)
         self.model.generate(
@@ -145,7 +145,7 @@ class Progress(StoppingCriteria):
     def __init__(self, answers: list[Answer]):
         self.answers = answers
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
         for answer, token in zip(self.answers, input_ids[:, -1].tolist()):
             answer.push(token)
         done = torch.tensor([answer.is_done for answer in self.answers], device=input_ids.device)

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 
 DRAINED = 4  # times the bound of a request
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+# As ASGI has them
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,13 @@ class LimitMiddleware:
     ends.
     """
 
-    def __init__(self, app: Any, limits: Limits):
+    def __init__(self, app: App, limits: Limits):
         self.app = app
         self.limits = limits
         self.under_way = 0
         self.arriving_bytes = 0
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         if self._is_full():
@@ -87,7 +91,7 @@ class LimitMiddleware:
         message = f"{self.under_way} requests are under way, which is all that this server takes on: try again"
         await refuse(send, 429, message, retry_after=1)
 
-    async def _read(self, scope: dict[str, Any], receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """
         The body of a request, or `None` if the client went away.
 
@@ -127,7 +131,7 @@ def replay(body: bytes, receive: Receive) -> Receive:
     """What a request receives whose body was read already."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> dict[str, Any]:
+    async def again() -> Message:
         return messages.pop() if messages else await receive()
 
     return again

@@ -1,10 +1,11 @@
 """Running the application: uvicorn, with time-outs for connections on which nothing arrives."""
 
 import asyncio
-from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .limits import App
 
 
 HEAD_SECONDS = 5.0  # that the head of a request may take to arrive
@@ -18,7 +19,7 @@ class HeadTimeout(H11Protocol):
 
     timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
 
@@ -43,12 +44,12 @@ class HeadTimeout(H11Protocol):
             self.timer = None
 
 
-def build_server(app: Any) -> uvicorn.Server:
+def build_server(app: App) -> uvicorn.Server:
     """
     A server for [`build_app`]'s application.
 
     Args:
-        app (`Any`): What answers.
+        app (`Callable`): What answers.
     """
     config = uvicorn.Config(
         app,

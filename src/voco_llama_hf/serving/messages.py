@@ -1,7 +1,7 @@
 """What may stand in a chat completion request, checked before anything is computed."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import pydantic_core
 from fastapi import HTTPException
@@ -19,7 +19,7 @@ SUPPORTED = {
 # What says who asks, and changes no answer
 IGNORED = {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user"}
 # Ways to ask for what is done anyway; everything else that is not supported is refused: better than ignored
-NOTHING: tuple[Any, ...] = (None, False, [], {}, "none", 0)
+NOTHING: tuple[object, ...] = (None, False, [], {}, "none", 0)
 DEFAULTS = {"parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"]}
 BOUNDS = {
     "temperature": (0.0, 2.0),
@@ -125,20 +125,20 @@ def parse_stops(body: dict[str, Any]) -> list[str]:
     return stops
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in an error message, cut short."""
     return f"{value!r:.60}"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def parse_messages(messages: Any, processor: VoCoLlamaProcessor, limits: Limits, window: int) -> Question:
+def parse_messages(messages: object, processor: VoCoLlamaProcessor, limits: Limits, window: int) -> Question:
     """
     Messages in OpenAI's format for the chat template.
 
@@ -166,7 +166,7 @@ def parse_messages(messages: Any, processor: VoCoLlamaProcessor, limits: Limits,
     return Question(parsed, urls)
 
 
-def parse_message(message: Any, processor: VoCoLlamaProcessor, urls: list[str]) -> dict[str, Any]:
+def parse_message(message: object, processor: VoCoLlamaProcessor, urls: list[str]) -> dict[str, Any]:
     """One message; the URLs of its images are added to `urls`."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise HTTPException(400, "a message is an object with a role and a content")

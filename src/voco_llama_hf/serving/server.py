@@ -5,12 +5,12 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.fingerprint_voco_llama import with_images
 from ..prompts import check_text_length, render
 from ..store import VoCoStore
@@ -18,7 +18,7 @@ from .access import AccessMiddleware
 from .chat_completion import ChatCompletions
 from .engine import Engine
 from .image_cache import ImageCache
-from .limits import LimitMiddleware, Limits, error_body
+from .limits import App, LimitMiddleware, Limits, error_body
 from .remote_images import ImageLoader
 
 
@@ -26,8 +26,8 @@ REQUEST_ID, MAX_REQUEST_ID = "x-request-id", 128
 
 
 def build_app(
-    model: Any,
-    processor: Any,
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
     model_id: str,
     limits: Limits | None = None,
     image_cache_bytes: int = 256_000_000,
@@ -35,7 +35,7 @@ def build_app(
     allow_remote_images: bool = False,
     allowed_hosts: Sequence[str] = (),
     api_keys: Sequence[str] = (),
-) -> Any:
+) -> App:
     """
     An ASGI application that answers like OpenAI's API.
 
@@ -111,12 +111,12 @@ def build_routes(model_id: str, engine: Engine, chat: ChatCompletions) -> FastAP
             return JSONResponse({"status": "unhealthy"}, 503)
         return JSONResponse({"status": "ok"})
 
-    app.add_exception_handler(HTTPException, answer_error)
+    app.add_exception_handler(HTTPException, answer_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, answer_failure)
     return app
 
 
-async def answer_error(request: Request, error: Any) -> JSONResponse:
+async def answer_error(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
 
 

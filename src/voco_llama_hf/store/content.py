@@ -4,9 +4,15 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import check_regular
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,12 @@ class Content:
         return cls(hash_file(path), sampling, source, stat.st_size, stat.st_mtime_ns, metadata or {})
 
     @classmethod
-    def of_pixels(cls, pixels: Any, source: str = "", metadata: dict[str, Any] | None = None) -> "Content":
+    def of_pixels(
+        cls,
+        pixels: "Image.Image | np.ndarray | torch.Tensor",
+        source: str = "",
+        metadata: dict[str, Any] | None = None,
+    ) -> "Content":
         """An image or array, known by its pixels."""
         return cls(hash_pixels(pixels), source=source, size=_as_array(pixels).nbytes, metadata=metadata or {})
 
@@ -61,7 +72,7 @@ def hash_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_pixels(pixels: Any) -> str:
+def hash_pixels(pixels: "Image.Image | np.ndarray | torch.Tensor") -> str:
     """SHA-256 of the pixels of a Pillow image, an array or a tensor, together with shape and dtype."""
     array = _as_array(pixels)
     sha256 = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
@@ -69,7 +80,7 @@ def hash_pixels(pixels: Any) -> str:
     return sha256.hexdigest()
 
 
-def _as_array(pixels: Any) -> Any:
+def _as_array(pixels: "Image.Image | np.ndarray | torch.Tensor") -> "np.ndarray":
     import numpy as np
 
     return np.ascontiguousarray(pixels)

@@ -484,7 +484,7 @@ def _mark(values: Sequence) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _marked(row: Any, names: Sequence[str]) -> tuple:
+def _marked(row: sqlite3.Row | dict[str, str | int | None], names: Sequence[str]) -> tuple:
     values = [row[name] for name in names]
     return (*values, _mark(values))
 

@@ -4,19 +4,23 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..images import open_image
-from ..modeling import VoCoCache, VoCoLlamaProcessor
+from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.fingerprint_voco_llama import Fingerprint, with_images
 from ..videos import is_video, read_frames
 from .content import Content
 from .processes import Processes
 from .shards import write_shard
 from .store import VoCoStore
+
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class FileReader(Dataset):
     """Content of each file and, of an image, its pixels, or what is wrong with it."""
 
     files: Sequence[str]
-    image_processor: Any
+    image_processor: "BaseImageProcessor"
     sampling: Sampling
 
     def __len__(self) -> int:
@@ -122,7 +126,7 @@ class Indexer:
     """
 
     path: Path
-    model: Any
+    model: VoCoLlamaForConditionalGeneration
     processor: VoCoLlamaProcessor
     num_voco_tokens: int
     sampling: Sampling

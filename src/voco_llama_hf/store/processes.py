@@ -2,10 +2,12 @@
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # one process may have much longer videos than another
 
@@ -24,15 +26,15 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def broadcast(self, value: Any) -> Any:
-        """What the main process has."""
+    def broadcast(self, value: T | None) -> T:
+        """What the main process has; the others may have None."""
         if self.number == 1:
-            return value
-        values = [value]
+            return value  # type: ignore[return-value]
+        values: list = [value]
         dist.broadcast_object_list(values)
         return values[0]
 
-    def gather(self, value: Any) -> list:
+    def gather(self, value: T) -> list[T]:
         """What every process has, on the main one."""
         if self.number == 1:
             return [value]

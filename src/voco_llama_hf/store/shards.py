@@ -252,7 +252,7 @@ def _check_layout(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> Non
         raise ValueError("its tensors are not those of a shard")
 
 
-def _texts(said: Any) -> dict[str, str]:
+def _texts(said: object) -> dict[str, str]:
     if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
         raise ValueError("its fingerprint is no object of texts")
     return said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def kl_divergence(student: Reading, teacher: Reading, labels: torch.Tensor, temp
 
 
 @contextmanager
-def on_last_hidden_states(model: PreTrainedModel, act: Any) -> Iterator[None]:
+def on_last_hidden_states(model: PreTrainedModel, act: Callable[[torch.Tensor], object]) -> Iterator[None]:
     """
     Calls `act` with the last hidden states of every forward call, inside of it: there, sharded weights of the head are
     whole.
@@ -111,7 +111,7 @@ def load_teacher(path: str, student: VoCoLlamaConfig, **kwargs) -> VoCoLlamaForC
     Raises:
         ValueError: if it is another kind of model, or its vocabulary is not the student's.
     """
-    config: Any = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path)
     if config.model_type == "llava":
         config = as_voco_config(config, student)
     elif config.model_type != VoCoLlamaConfig.model_type:

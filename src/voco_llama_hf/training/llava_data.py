@@ -138,7 +138,7 @@ def make_table(
     state = path.stat()
     key = [VERSION, str(path.resolve()), state.st_size, state.st_mtime_ns, str(folder.resolve()), num_frames]
     try:
-        table: Any = Dataset.from_generator(
+        table = Dataset.from_generator(
             generate_rows,
             features=FEATURES,
             cache_dir=cache_dir,

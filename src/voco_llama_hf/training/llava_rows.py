@@ -42,7 +42,7 @@ def read_rows(path: Path) -> Iterator[Any]:
             raise ValueError(f"{path} has no rows: expected {'JSON lines' if lines else 'a JSON list'}")
 
 
-def check_row(row: Any) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+def check_row(row: object) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
     """
     Turns of a row, each a `role` and a `text`, and its paths by kind (`"image"` and `"video"`).
 
@@ -91,7 +91,7 @@ def open_row(
     return messages, [open_image(folder / path) for path in paths["image"]]
 
 
-def _check_turn(turn: Any) -> dict[str, str]:
+def _check_turn(turn: object) -> dict[str, str]:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise ValueError(f"a turn is no {{'from': ..., 'value': ...}}: {str(turn)[:80]}")
     speaker = turn.get("from", "")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -22,12 +22,17 @@ from ..loading import is_hub_id
 from .distillation import bare
 
 
+if TYPE_CHECKING:
+    from .sft_config import VoCoSFTConfig
+    from .sft_trainer import VoCoSFTTrainer
+
+
 DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
 EVALUATED = {"eval_loss": ("loss", 1), "eval_mean_token_accuracy": ("token_accuracy", 100)}
 
 
 def write_training_card(
-    trainer: Any,
+    trainer: VoCoSFTTrainer,
     model_name: str | None,
     dataset_name: str | None,
     tags: list[str],
@@ -77,7 +82,7 @@ def without_automatic_card(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def training_results(trainer: Any, dataset_name: str | None, split: str) -> list[EvalResult]:
+def training_results(trainer: VoCoSFTTrainer, dataset_name: str | None, split: str) -> list[EvalResult]:
     """Figures of the last evaluation on the data that are named; one that came to no number is none."""
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
@@ -93,7 +98,7 @@ def training_results(trainer: Any, dataset_name: str | None, split: str) -> list
     ]
 
 
-def training_text(trainer: Any) -> str:
+def training_text(trainer: VoCoSFTTrainer) -> str:
     """Markdown: a table of how it was trained and what came out."""
     args, state = trainer.args, trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -123,7 +128,7 @@ def training_text(trainer: Any) -> str:
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
-def hardware(args: Any) -> str:
+def hardware(args: VoCoSFTConfig) -> str:
     """What the run was trained on."""
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     return f"{args.world_size} x {name}"

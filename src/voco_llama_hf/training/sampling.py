@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 
 LENGTH, MODALITY = "length", "modality"
+READ_SIZE = 10_000
 STEPS_PER_POOL = 50  # as transformers' LengthGroupedSampler
 
 
@@ -38,8 +39,10 @@ class ModalityLengthSampler(Sampler[int]):
                 "group_by_modality_length needs the columns length and modality, which data in LLaVA's format have: "
                 f"there is no {' and no '.join(sorted(missing))}"
             )
-        columns = dataset.with_format("numpy", columns=[LENGTH, MODALITY])[:]
-        self.lengths, self.modalities = columns[LENGTH], columns[MODALITY]
+        # In parts, and of no other column: rows out of order are gathered one by one, with much memory for each
+        parts = dataset.select_columns([LENGTH, MODALITY]).with_format("arrow").iter(batch_size=READ_SIZE)
+        arrays = [[part[name].to_numpy() for name in (LENGTH, MODALITY)] for part in parts]
+        self.lengths, self.modalities = map(np.concatenate, zip(*arrays, strict=True))
         self.step_size, self.seed, self.epoch = step_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -6,7 +6,7 @@ import copy
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -27,6 +27,13 @@ from .model_card import without_automatic_card, write_training_card
 from .sampling import EpochCallback, ModalityLengthSampler
 from .sft_config import VoCoSFTConfig
 from .voco_embedding import warn_if_voco_is_not_trained, with_voco_embedding
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.utils.data import Sampler
+    from transformers import DataCollator
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 class VoCoSFTTrainer(SFTTrainer):
@@ -73,10 +80,10 @@ class VoCoSFTTrainer(SFTTrainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         args: VoCoSFTConfig | None = None,
-        data_collator: Any = None,
+        data_collator: DataCollator | None = None,
         processing_class: VoCoLlamaProcessor | None = None,
         teacher_model: PreTrainedModel | None = None,
-        quantization_config: Any = None,
+        quantization_config: QuantizationConfigMixin | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
@@ -116,7 +123,7 @@ class VoCoSFTTrainer(SFTTrainer):
         """Whether there are other processes, which may wait until this one runs the same modules."""
         return self.accelerator.num_processes > 1
 
-    def _widest_collator(self, collator: Any) -> VoCoDataCollator:
+    def _widest_collator(self, collator: VoCoDataCollator) -> VoCoDataCollator:
         """A collator that makes as many VoCo tokens as any step may ask for."""
         options: dict[str, Any] = {field.name: getattr(collator, field.name) for field in fields(collator)}
         options["processor"] = copy.copy(self.processing_class)
@@ -125,7 +132,7 @@ class VoCoSFTTrainer(SFTTrainer):
         return VoCoDataCollator(**options, always_images=self._is_distributed)
 
     # Private, but what trainers of other data override since LLaVA's own
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -279,7 +286,7 @@ class VoCoSFTTrainer(SFTTrainer):
 
 
 def load_student(
-    path: str, args: VoCoSFTConfig, quantization_config: Any
+    path: str, args: VoCoSFTConfig, quantization_config: QuantizationConfigMixin | None
 ) -> VoCoLlamaForConditionalGeneration | PeftModel:
     """
     Loads the model as TRL loads one by its name, in float32 unless `args.model_init_kwargs` says otherwise; adapters
@@ -288,7 +295,7 @@ def load_student(
     Raises:
         ValueError: if it is not a VoCo-LLaMA.
     """
-    options: Any = {"dtype": "float32", **dict(args.model_init_kwargs or {})}
+    options: dict[str, Any] = {"dtype": "float32", **dict(args.model_init_kwargs or {})}
     args.model_init_kwargs = None
     if find_base(path) is not None:
         return load_adapters(path, is_trainable=True, quantization_config=quantization_config, **options)
