@@ -69,6 +69,16 @@ class VoCoLlamaCompressionMixin:
         """
         if not isinstance(pixel_values, torch.Tensor):
             return self._compress_stream(pixel_values, num_voco_tokens, batch_size, show_progress)
+        return self._compress_tensor(pixel_values, num_voco_tokens, batch_size, show_progress, self.fingerprint())
+
+    def _compress_tensor(
+        self,
+        pixel_values: torch.Tensor,
+        num_voco_tokens: int | list[int] | torch.Tensor | None,
+        batch_size: int,
+        show_progress: bool,
+        fingerprint: Fingerprint,
+    ) -> VoCoCache:
         if len(pixel_values) == 0:
             raise ValueError("compress needs at least one image")
         self._check_rotation()
@@ -76,7 +86,7 @@ class VoCoLlamaCompressionMixin:
         counts = per_image_counts(wanted, len(pixel_values))
         keys, values, _ = compress_images(self, pixel_values, counts, batch_size, show_progress)
         # Under autocast rotated keys come in float32
-        return VoCoCache(keys.to(values.dtype), values, counts, self.fingerprint())
+        return VoCoCache(keys.to(values.dtype), values, counts, fingerprint)
 
     def _compress_stream(
         self,
@@ -87,9 +97,10 @@ class VoCoLlamaCompressionMixin:
     ) -> VoCoCache:
         if num_voco_tokens is not None and not isinstance(num_voco_tokens, int):
             raise ValueError("num_voco_tokens must be one number for all images of an iterable")
+        fingerprint = self.fingerprint()  # once: it reads all weights
         stream: VoCoCache | None = None
         for batch in logging.tqdm(batches, desc="Compressing batches", disable=not show_progress):
-            compressed = self.compress(batch, num_voco_tokens, batch_size, show_progress=False)
+            compressed = self._compress_tensor(batch, num_voco_tokens, batch_size, False, fingerprint)
             # In one growing buffer: many small tensors, kept between large ones, would fragment the memory
             if stream is None:
                 stream = compressed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -28,7 +28,7 @@ from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
 from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
 from .report import percent as mean_percent
-from .study import FROZEN, LEARNING_RATE, QUESTIONS, Arm, Study
+from .study import Arm, Study
 
 
 LLAMA_VID = Arm("llama-vid", (0,), compressor="llama-vid", num_tokens=2)
@@ -72,19 +72,7 @@ class VideoStudy(Study):
         return model
 
     def _phase(self, arm: Arm, name: str) -> Phase:
-        return Phase(
-            name,
-            self.steps,
-            LEARNING_RATE,
-            "cosine",
-            arm.num_voco_tokens,
-            questions=QUESTIONS,
-            describe=True,
-            single=True,
-            videos=True,
-            two_stages=arm.compressor is None,
-            freeze=FROZEN,
-        )
+        return replace(super()._phase(arm, name), videos=True, two_stages=arm.compressor is None)
 
     def _trainer(self, model: VoCoLlamaForConditionalGeneration, arm: Arm, recipe: Recipe, phase: Phase) -> Trainer:
         if arm.compressor != LLAMA_VID.compressor:
