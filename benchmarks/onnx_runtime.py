@@ -6,6 +6,8 @@ All run the same weights in one process; calls alternate, and medians are compar
     python benchmarks/onnx_runtime.py --preset embedded
     python benchmarks/onnx_runtime.py --preset half-billion --output benchmarks/results/onnx_half_billion_cpu.json
     python benchmarks/onnx_runtime.py --preset 7b --provider CUDAExecutionProvider --precision fp16
+
+On a GPU the stage onnx_providers of `make gpu` runs it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from enum import Enum
 from pathlib import Path
@@ -34,8 +37,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
-from voco_llama_hf.export.exporter import PRECISIONS
-from voco_llama_hf.export.session import CUDA_PROVIDERS
+from voco_llama_hf.export.exporter import PRECISIONS, ExportReport
+from voco_llama_hf.export.providers import CUDA_PROVIDERS
 
 
 # Text model and vision tower: hidden size, intermediate size, layers, heads, key-value heads; the tower is CLIP-L
@@ -93,6 +96,52 @@ def compile_layers(model: VoCoLlamaForConditionalGeneration) -> VoCoLlamaForCond
     return model
 
 
+@contextmanager
+def prepared(
+    preset: str,
+    precision: str,
+    provider: str,
+    fused: bool = True,
+    threads: int | None = None,
+    progress: Callable[[str], object] = print,
+) -> Iterator[tuple[dict, ExportReport]]:
+    """The same weights by variant, and how far the graphs are from PyTorch, which the export compares them with."""
+    device = "cuda" if provider in CUDA_PROVIDERS else "cpu"
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        model = build(preset, precision, device)
+        parity = export_onnx(
+            *(model, Path(folder) / "onnx"),
+            precision=precision,
+            provider=provider if fused else None,
+            progress=progress,
+        )
+        models = {
+            "eager": model,
+            "compiled": compile_layers(build(preset, precision, device)),
+            "onnxruntime": ORTVoCoLlamaForConditionalGeneration.from_pretrained(
+                Path(folder) / "onnx", provider=provider, session_options=options
+            ),
+        }
+        yield models, parity
+
+
+def compare(
+    models: dict, batch_sizes: list[int], num_voco_tokens: int, text_tokens: int, new_tokens: int, rounds: int
+) -> list[dict]:
+    """Median seconds by batch size, task and variant."""
+    records = []
+    for batch_size in batch_sizes:
+        calls = {
+            variant: make_calls(models[variant], batch_size, num_voco_tokens, text_tokens, new_tokens)
+            for variant in VARIANTS
+        }
+        records.append({"batch_size": batch_size, "seconds": measure(calls, rounds, new_tokens)})
+    return records
+
+
 def measure(calls: dict[str, dict[str, Call]], rounds: int, new_tokens: int) -> dict[str, dict[str, float]]:
     """Median seconds by task and variant; those of a token without the first."""
     seconds: dict[str, dict[str, list[float]]] = {task: {variant: [] for variant in calls} for task in TASKS}
@@ -131,31 +180,9 @@ def main(
     device = "cuda" if provider in CUDA_PROVIDERS else "cpu"
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    console, records = Console(width=120), []
-    with tempfile.TemporaryDirectory() as folder:
-        with console.status("Exporting") as status:
-            model = build(preset.value, precision.value, device)
-            export_onnx(
-                *(model, Path(folder) / "onnx"),
-                precision=precision.value,
-                provider=provider if fused else None,
-                progress=status.update,
-            )
-        models = {
-            "eager": model,
-            "compiled": compile_layers(build(preset.value, precision.value, device)),
-            "onnxruntime": ORTVoCoLlamaForConditionalGeneration.from_pretrained(
-                Path(folder) / "onnx", provider=provider, session_options=options
-            ),
-        }
-        for batch_size in batch_sizes:
-            calls = {
-                variant: make_calls(models[variant], batch_size, num_voco_tokens, text_tokens, new_tokens)
-                for variant in VARIANTS
-            }
-            records.append({"batch_size": batch_size, "seconds": measure(calls, rounds, new_tokens)})
+    console = Console(width=120)
+    with prepared(preset.value, precision.value, provider, fused, threads, console.print) as (models, _):
+        records = compare(models, batch_sizes, num_voco_tokens, text_tokens, new_tokens, rounds)
 
     table = Table(title=f"{preset.value}, {precision.value}, {provider}, {threads} threads")
     for heading in ("batch", "task", *(f"{variant} ms" for variant in VARIANTS), "against eager", "against compiled"):
