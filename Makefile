@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-slow quality style docs dist check-dist train-tiny train-576 clean
+.PHONY: demo test test-matrix test-slow gpu quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -19,6 +19,11 @@ test-matrix:
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# All that needs a GPU, within 25 minutes of one: checks, and the figures that the documentation's tables are made from.
+# TORCH must be a CUDA build; ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -41,8 +41,9 @@ from voco_llama_hf.export.exporter import PRECISIONS, ExportReport
 from voco_llama_hf.export.providers import CUDA_PROVIDERS
 
 
-# Text model and vision tower: hidden size, intermediate size, layers, heads, key-value heads; the tower is CLIP-L
+# Text model and vision tower: hidden size, intermediate size, layers, heads, key-value heads; the tower is mostly CLIP-L
 PRESETS = {
+    "smallest": ((64, 128, 2, 2, 2), (64, 128, 2, 2)),
     "embedded": None,
     "half-billion": ((1024, 2816, 24, 16, 16), (1024, 4096, 24, 16)),
     "7b": ((4096, 11008, 32, 32, 32), (1024, 4096, 24, 16)),

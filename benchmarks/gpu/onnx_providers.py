@@ -25,7 +25,7 @@ MAX_SHARE = 0.1
 
 def run(parts: Parts, setting: Setting) -> None:
     """TensorRT builds an engine for minutes, so it has the small model, and comes last."""
-    parts.run("CUDA", partial(compare, setting, "CUDAExecutionProvider", setting.pick("half-billion", "embedded")))
+    parts.run("CUDA", partial(compare, setting, "CUDAExecutionProvider", setting.pick("half-billion", "smallest")))
     parts.run("TensorRT", partial(compare, setting, "TensorrtExecutionProvider", "embedded"))
 
 
@@ -51,7 +51,7 @@ def compare(setting: Setting, provider: str, preset: str) -> dict[str, object]:
     precision = setting.pick("fp16", "fp32")
     if not setting.dry_run:
         onnxruntime.preload_dlls()  # CUDA and cuDNN as PyTorch brought them
-    with onnx_runtime.prepared(preset, precision, provider, progress=report) as (models, parity):
+    with onnx_runtime.prepared(preset, precision, provider, fused=not setting.dry_run, progress=report) as (models, parity):
         rounds, new_tokens = setting.pick((11, NEW_TOKENS), (1, 3))
         sizes = (setting.pick(BATCH_SIZES, [1]), NUM_VOCO_TOKENS, TEXT_TOKENS, new_tokens, rounds)
         records = onnx_runtime.compare(models, *sizes)
