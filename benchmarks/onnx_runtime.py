@@ -41,7 +41,7 @@ from voco_llama_hf.export.exporter import PRECISIONS, ExportReport
 from voco_llama_hf.export.providers import CUDA_PROVIDERS
 
 
-# Text model and vision tower: hidden size, intermediate size, layers, heads, key-value heads; the tower is mostly CLIP-L
+# Text model and vision tower, which is CLIP-L: hidden size, intermediate size, layers, heads, key-value heads
 PRESETS = {
     "smallest": ((64, 128, 2, 2, 2), (64, 128, 2, 2)),
     "embedded": None,

@@ -219,9 +219,7 @@ def resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def take_turns(
-    steps: dict[str, Callable[[], None]], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+def take_turns(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of the steps, and why those that cannot be taken cannot. The first of each warms up."""
     able, problems = dict(steps), {}
     for name, step in steps.items():

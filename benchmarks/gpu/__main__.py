@@ -1,8 +1,8 @@
 """Runs the stages on a GPU, or all of them tiny on a CPU to see that nothing is mistyped.
 
-    python -m benchmarks.gpu
-    python -m benchmarks.gpu --stages question,decoding --model my-voco-llava-7b
-    python -m benchmarks.gpu --dry-run
+python -m benchmarks.gpu
+python -m benchmarks.gpu --stages question,decoding --model my-voco-llava-7b
+python -m benchmarks.gpu --dry-run
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ def main(
         str | None, typer.Option(help=f"Separated by commas, of {', '.join(BY_NAME)}; by default all.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a VoCo-LLaMA; random weights of LLaVA-1.5-7B's shape by default.")
+        str | None,
+        typer.Option(help="Folder or Hub id; random weights of LLaVA-1.5-7B's shape by default."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of results; by default benchmarks/results/gpu/ and the name of the card.")
+        Path | None,
+        typer.Option(help="Folder of results; by default that of the card in benchmarks/results/gpu/."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run every stage at a tiny shape on the CPU. Nothing is kept.")

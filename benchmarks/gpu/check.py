@@ -11,12 +11,14 @@ from importlib.util import find_spec
 import torch
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
 from voco_llama_hf.benchmark.suite import compile_config
 from voco_llama_hf.check import LAYOUT, Prompt, run_checks
 
+from .networks import free_memory, small_network
 from .record import Failed, Missing, Parts
-from .setting import Setting, free_memory, report
+from .setting import Setting, report
 
 
 # Those that need a package, with its name
@@ -27,7 +29,7 @@ KERNELS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATT
 
 def run(parts: Parts, setting: Setting) -> None:
     """One part a combination; those that may harm the device come last."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in setting.pick((torch.float32, torch.bfloat16), (torch.bfloat16,)):
         for attention in ("sdpa", "eager", "flex_attention", *PACKAGES):
             if attention not in PACKAGES or dtype is torch.bfloat16:
                 name = f"{attention}, {str(dtype).removeprefix('torch.')}"
@@ -53,7 +55,7 @@ def check(
         raise Missing(f"{package} is not installed")
     if attention == "flex_attention" and setting.dry_run:
         raise Missing("flex_attention is compiled, which a dry run is not")
-    model = setting.small_network(dtype)
+    model = small_network(setting, dtype)
     model.set_attn_implementation(attention)
     # Where a kernel cannot take a mask, the plain one stands in
     forced = nullcontext() if kernel is None else sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True)
@@ -76,7 +78,7 @@ def check_graphs(setting: Setting) -> dict[str, object]:
     Raises:
         Failed: if tokens differ, or graphs are not used.
     """
-    model = setting.small_network(torch.float32)
+    model = small_network(setting, torch.float32)
     inputs = Prompt(model, LAYOUT, seed=0).inputs(model)
     expected = answer(model, inputs)
     compiled = partial(
@@ -86,7 +88,11 @@ def check_graphs(setting: Setting) -> dict[str, object]:
         found = compiled()
     with counted_launches(setting) as launches:
         found = compiled()
-    result = {"graph_launches": launches[0], "new_tokens": NEW_TOKENS, "skips": counters["inductor"]["cudagraph_skips"]}
+    result = {
+        "graph_launches": launches[0],
+        "new_tokens": NEW_TOKENS,
+        "skips": counters["inductor"]["cudagraph_skips"],
+    }
     report(f"{result}, {dict(counters['graph_break'])}")
     if not torch.equal(found, expected):
         raise Failed("compiled decoding answers otherwise than plain decoding", result)

@@ -6,12 +6,14 @@ import time
 from functools import partial
 
 import torch
+
 from voco_llama_hf import VoCoCache
 from voco_llama_hf.benchmark.measure import synchronize
 from voco_llama_hf.benchmark.suite import Suite
 
+from .networks import SMALL_CARD, large_network, memory_limit, peak_memory
 from .record import Parts
-from .setting import SMALL_CARD, Setting, memory_limit, peak_memory, report
+from .setting import Setting, report
 
 
 BATCH_SIZES = (1, 16, 64)
@@ -27,7 +29,7 @@ def run(parts: Parts, setting: Setting) -> None:
 
 def compress(setting: Setting, batch_size: int) -> dict[str, object]:
     """Seconds of compressing, and of vision tower and one causal pass."""
-    suite = Suite(setting.network, 1, 32, new_tokens=2, rounds=setting.pick(7, 1), static=False, report=report)
+    suite = Suite(large_network(setting), 1, 32, new_tokens=2, rounds=setting.pick(7, 1), static=False, report=report)
     return {"compression": suite.compression(batch_size)}
 
 
@@ -38,7 +40,7 @@ def hold_frames(setting: Setting) -> dict[str, object]:
     To save minutes only the first are compressed; the others are copies.
     """
     frames, compressed = setting.pick((FRAMES, COMPRESSED_FRAMES), (64, 32))
-    model = setting.network
+    model = large_network(setting)
     with memory_limit(SMALL_CARD):
         size = model.config.vision_config.image_size
         pixels = torch.randn(FRAMES_AT_A_TIME, 3, size, size, device=model.device, dtype=model.dtype)

@@ -6,6 +6,7 @@ from functools import partial
 
 from voco_llama_hf.benchmark.suite import Suite
 
+from .networks import large_network
 from .record import Parts
 from .setting import Setting, report
 
@@ -24,6 +25,6 @@ def run(parts: Parts, setting: Setting) -> None:
 def decode(setting: Setting, is_static: bool, batch_size: int) -> dict[str, object]:
     """Tokens a second by way of asking, and seconds to read the weights."""
     rounds, new_tokens = setting.pick(3, 1), setting.pick(NEW_TOKENS, 3)
-    suite = Suite(setting.network, 1, PROMPT_TOKENS, new_tokens, rounds, is_static, report)
+    suite = Suite(large_network(setting), 1, PROMPT_TOKENS, new_tokens, rounds, is_static, report)
     reading = suite.weight_reading()
     return {"new_tokens": new_tokens, "weight_reading": reading, "decoding": suite.decoding(batch_size)}

@@ -15,7 +15,13 @@ from .setting import Setting, report
 
 TESTS = ROOT / "tests" / "modeling"
 # What is about files, text and pixels, and about where accelerate puts weights
-NOT_OF_A_DEVICE = ("test_hub.py", "test_processing.py", "test_video.py", "test_fingerprint.py", "test_llava_contract.py")
+NOT_OF_A_DEVICE = (
+    "test_hub.py",
+    "test_processing.py",
+    "test_video.py",
+    "test_fingerprint.py",
+    "test_llava_contract.py",
+)
 WORKERS = 6
 
 
@@ -42,7 +48,7 @@ def test(setting: Setting) -> dict[str, object]:
     found = setting.work_dir / "modeling.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={found}", *chosen]
     command += setting.pick(["-n", str(WORKERS), "--dist", "loadfile"], [])
-    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "VOCO_LLAMA_TEST_DEVICE": setting.device.type})
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "VOCO_LLAMA_TEST_DEVICE": setting.device})
     if ended.returncode not in (0, 1):
         raise Failed(f"pytest ended with code {ended.returncode}")
     cases = ElementTree.parse(found).getroot().findall(".//testcase")

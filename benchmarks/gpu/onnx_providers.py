@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from .networks import free_memory
 from .record import Failed, Missing, Parts
-from .setting import Setting, free_memory, report
+from .setting import Setting, report
 
 
 BATCH_SIZES = [1, 8]
@@ -51,7 +52,10 @@ def compare(setting: Setting, provider: str, preset: str) -> dict[str, object]:
     precision = setting.pick("fp16", "fp32")
     if not setting.dry_run:
         onnxruntime.preload_dlls()  # CUDA and cuDNN as PyTorch brought them
-    with onnx_runtime.prepared(preset, precision, provider, fused=not setting.dry_run, progress=report) as (models, parity):
+    with onnx_runtime.prepared(preset, precision, provider, fused=not setting.dry_run, progress=report) as (
+        models,
+        parity,
+    ):
         rounds, new_tokens = setting.pick((11, NEW_TOKENS), (1, 3))
         sizes = (setting.pick(BATCH_SIZES, [1]), NUM_VOCO_TOKENS, TEXT_TOKENS, new_tokens, rounds)
         records = onnx_runtime.compare(models, *sizes)

@@ -7,10 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .record import Parts, about
+from .record import FAILED, Parts, about
 from .setting import Setting
 from .stages import BY_NAME, DEVICE_IS_LOST
 
@@ -20,7 +19,8 @@ class DeviceParts(Parts):
 
     def run(self, name, measure) -> None:
         super().run(name, measure)
-        if torch.cuda.is_available() and self.done[name]["status"] == "failed":
+        torch = sys.modules.get("torch")  # not every stage needs it
+        if torch is not None and self.done[name]["status"] == FAILED and torch.cuda.is_initialized():
             try:
                 torch.cuda.synchronize()
             except RuntimeError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
+from benchmarks import overhead
 from voco_llama_hf.benchmark.question import NO_CACHE, Question, make_networks
 from voco_llama_hf.benchmark.results import count
 from voco_llama_hf.benchmark.suite import Suite
 
-from benchmarks import overhead
-
+from .networks import large_network, load_shape
 from .record import Parts
 from .setting import Setting, report
 
@@ -33,13 +35,13 @@ def run(parts: Parts, setting: Setting) -> None:
 def ask(setting: Setting, k: int, batch_size: int) -> dict[str, object]:
     """Wall, event and kernel seconds and peak bytes to the first token, by way of asking."""
     rounds = setting.pick(11, 1)
-    suite = Suite(setting.network, k, PROMPT_TOKENS, new_tokens=2, rounds=rounds, static=False, report=report)
+    suite = Suite(large_network(setting), k, PROMPT_TOKENS, new_tokens=2, rounds=rounds, static=False, report=report)
     return {"k": k, "prompt_tokens": PROMPT_TOKENS, "rounds": rounds, "first_token": suite.first_tokens(batch_size)}
 
 
 def ask_text(setting: Setting, batch_size: int, is_static: bool) -> dict[str, object]:
     """See `benchmarks/overhead.py`."""
-    networks = make_networks(setting.network)
+    networks = make_networks(large_network(setting))
     networks[overhead.LLAVA] = networks[NO_CACHE]
     question = Question(networks, 1, PROMPT_TOKENS, batch_size)
     return {"static": is_static, **overhead.measure(networks, question, setting.pick(21, 1), is_static)}
@@ -47,4 +49,4 @@ def ask_text(setting: Setting, batch_size: int, is_static: bool) -> dict[str, ob
 
 def count_flops(setting: Setting) -> dict[str, object]:
     """FLOPs and bytes, counted on shapes."""
-    return count(setting.config, list(COUNTS), PROMPT_TOKENS, [], setting.network.dtype, report)
+    return count(load_shape(setting), list(COUNTS), PROMPT_TOKENS, [], torch.bfloat16, report)

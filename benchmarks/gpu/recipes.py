@@ -9,7 +9,9 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
+
 from voco_llama_cli import train_script
 from voco_llama_cli.train import resolve_shipped
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaProcessor
@@ -18,8 +20,9 @@ from voco_llama_hf.files import new_folder
 from voco_llama_hf.modeling import VoCoLlamaConfig
 from voco_llama_hf.scenes import make_scenes
 
+from .networks import SMALL_CARD, free_memory, load_shape, memory_limit, peak_memory, preset
 from .record import Failed, Missing, Parts
-from .setting import SMALL_CARD, Setting, free_memory, memory_limit, peak_memory
+from .setting import Setting
 
 
 STEPS = 20
@@ -80,15 +83,15 @@ def train(setting: Setting, recipe: str) -> dict[str, object]:
 
 def make_model(setting: Setting) -> Path:
     """A folder with random weights of the shape, which reads with the tokenizer of the embedded checkpoint."""
-    folder = setting.work_dir / f"random-{setting.preset}"
+    folder = setting.work_dir / f"random-{preset(setting)}"
     if folder.is_dir():
         return folder
     processor = VoCoLlamaProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
-    config = with_tokens_of(processor, setting.config)
+    config = with_tokens_of(processor, load_shape(setting))
     size = config.vision_config.image_size
     processor.image_processor.size = {"height": size, "width": size}
     processor.image_processor.crop_size = {"height": size, "width": size}
-    model: PreTrainedModel = build_model(config, setting.device, setting.network.dtype)
+    model: PreTrainedModel = build_model(config, setting.device, torch.bfloat16)
     with new_folder(folder) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)

@@ -11,14 +11,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from voco_llama_hf.files import written_aside
-
 from .machine import machine
 
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 # What a second run must have in common with the first, whose results it keeps
-SAME = ("card", "driver", "versions", "model", "dry_run")
+SAME = ("card", "driver", "model", "dry_run")
+SAME_VERSIONS = ("voco-llama-hf", "torch", "transformers")
 
 
 class Missing(Exception):
@@ -42,8 +41,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    with written_aside(path) as part:
-        part.write_text(json.dumps(record, indent=2, default=to_plain) + "\n")
+    """Writes all or nothing. Not with the package's own function, which takes the runner seconds to import."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(record, indent=2, default=to_plain) + "\n")
+    part.replace(path)
 
 
 def to_plain(value: Any) -> Any:
@@ -58,7 +59,10 @@ def about(model: str | None, dry_run: bool, command: str) -> dict[str, Any]:
 
 def is_of(record: dict[str, Any], head: dict[str, Any]) -> bool:
     """Whether results were measured with what is here now."""
-    return all(record.get(name) == head[name] for name in SAME)
+    before = record.get("versions", {})
+    return all(record.get(name) == head[name] for name in SAME) and all(
+        before.get(name) == head["versions"].get(name) for name in SAME_VERSIONS
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -99,7 +103,8 @@ class Parts:
         except Exception as error:  # whatever does not run here is what is to be found out
             traceback.print_exc()  # into the log
             part = {"status": FAILED, "reason": first_line(error)}
-        self.done[name] = {**part, "seconds": round(time.monotonic() - start, 1)}
+        ended = {"date": self.head["date"], "seconds": round(time.monotonic() - start, 1)}
+        self.done[name] = {**part, **ended}
         self._write()
 
     def _write(self, running: str | None = None) -> None:

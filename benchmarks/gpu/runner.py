@@ -48,7 +48,7 @@ class Runner:
         """Runs a stage, unless an earlier run did."""
         path = self.output / f"{stage.name}.json"
         found = record.read(path)
-        if record.is_of(found, self.head) and found.get("status") == PASSED:
+        if record.is_of(found, self.head) and is_done(found):
             return Outcome(stage, PASSED, "in an earlier run", found["seconds"])
         start = time.monotonic()
         # Limits are those of a GPU
@@ -121,6 +121,12 @@ def stop(process: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+
+
+def is_done(found: dict[str, Any]) -> bool:
+    """Whether a stage has passed with all of its parts: what was missing may be here now."""
+    parts = found.get("parts", {}).values()
+    return found.get("status") == PASSED and all(part["status"] == PASSED for part in parts)
 
 
 def judge(found: dict[str, Any], ended: int | None, limit: float, log: Path) -> tuple[str, str]:

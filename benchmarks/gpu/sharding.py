@@ -48,7 +48,9 @@ def train(setting: Setting, name: str) -> dict[str, object]:
     try:
         launch(args)
     except SystemExit as error:  # how accelerate says that a process of its own failed
-        raise Failed(f"voco-llama train --accelerate_config {name} ended with code {error.code}: see the log") from error
+        raise Failed(
+            f"voco-llama train --accelerate_config {name} ended with code {error.code}: see the log"
+        ) from error
     losses = read_losses(output)
     shutil.rmtree(output, ignore_errors=True)
     result = {"losses": losses, "plain_losses": plain}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+
 from voco_llama_hf.benchmark.question import LIMIT, VOCO_CACHE
 from voco_llama_hf.files import written_aside
 
@@ -49,7 +50,7 @@ def model_tests_rows(parts: Parts) -> Rows:
 def question_rows(parts: Parts) -> Rows:
     """The paper's Table 7, and what it leaves out."""
     rows = [["", "batch", "kernels", "GPU", "wall", "against no cache", "peak memory"]]
-    for name, part in parts.items():
+    for part in parts.values():
         if "first_token" not in (part.get("result") or {}):
             continue
         result, records = part["result"], part["result"]["first_token"]
@@ -114,7 +115,12 @@ def frames_rows(parts: Parts) -> Rows:
         if "frames_held" in result:
             each = f"{1e3 * result['seconds_a_frame']:.1f}"
             rows.append(
-                [f"{result['frames_held']:,}", f"{result['frame_bytes'] / 1e6:.3f} MB", each, gib(result["peak_bytes"])]
+                [
+                    f"{result['frames_held']:,}",
+                    f"{result['frame_bytes'] / 1e6:.3f} MB",
+                    each,
+                    gib(result["peak_bytes"]),
+                ]
             )
     return rows
 
@@ -136,7 +142,9 @@ def training_rows(parts: Parts) -> Rows:
                     f"{memory[variant] / memory[plain]:.2f}",
                 ]
             )
-        rows += [[variant, name, f"cannot run: {why}", "", "", ""] for variant, why in result.get("cannot_run", {}).items()]
+        rows += [
+            [variant, name, f"cannot run: {why}", "", "", ""] for variant, why in result.get("cannot_run", {}).items()
+        ]
     return rows
 
 

@@ -9,8 +9,9 @@ import torch
 
 from benchmarks import train_step
 
+from .networks import free_memory
 from .record import Parts
-from .setting import Setting, free_memory
+from .setting import Setting
 
 
 BATCH_SIZE, TEXT_TOKENS, NUM_VOCO_TOKENS = 8, 128, 2
@@ -25,7 +26,7 @@ def run(parts: Parts, setting: Setting) -> None:
 def step(setting: Setting, preset: str, gradient_checkpointing: bool) -> dict[str, object]:
     """Median seconds and peak bytes by variant, the latter above the weights."""
     batch_size = setting.pick(BATCH_SIZE, 1)
-    model = train_step.build(preset, setting.device.type, torch.bfloat16, gradient_checkpointing)
+    model = train_step.build(preset, setting.device, torch.bfloat16, gradient_checkpointing)
     steps = {
         name: train_step.make_step(model, variant, batch_size, TEXT_TOKENS, NUM_VOCO_TOKENS)
         for name, variant in train_step.VARIANTS.items()
