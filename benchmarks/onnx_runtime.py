@@ -108,7 +108,10 @@ def prepared(
     threads: int | None = None,
     progress: Callable[[str], object] = print,
 ) -> Iterator[tuple[dict, ExportReport]]:
-    """The same weights by variant, and how far the graphs are from PyTorch, which the export compares them with."""
+    """
+    The same weights in PyTorch and in ONNX Runtime, and how far the graphs are from PyTorch, which the export compares
+    them with.
+    """
     device = "cuda" if provider in CUDA_PROVIDERS else "cpu"
     options = onnxruntime.SessionOptions()
     if threads is not None:
@@ -123,7 +126,6 @@ def prepared(
         )
         models = {
             "eager": model,
-            "compiled": compile_layers(build(preset, precision, device)),
             "onnxruntime": ORTVoCoLlamaForConditionalGeneration.from_pretrained(
                 Path(folder) / "onnx", provider=provider, session_options=options
             ),
@@ -138,8 +140,8 @@ def compare(
     records = []
     for batch_size in batch_sizes:
         calls = {
-            variant: make_calls(models[variant], batch_size, num_voco_tokens, text_tokens, new_tokens)
-            for variant in VARIANTS
+            variant: make_calls(model, batch_size, num_voco_tokens, text_tokens, new_tokens)
+            for variant, model in models.items()
         }
         records.append({"batch_size": batch_size, "seconds": measure(calls, rounds, new_tokens)})
     return records
@@ -185,6 +187,7 @@ def main(
     torch.set_num_threads(threads)
     console = Console(width=120)
     with prepared(preset.value, precision.value, provider, fused, threads, console.print) as (models, _):
+        models["compiled"] = compile_layers(build(preset.value, precision.value, device))
         records = compare(models, batch_sizes, num_voco_tokens, text_tokens, new_tokens, rounds)
 
     table = Table(title=f"{preset.value}, {precision.value}, {provider}, {threads} threads")

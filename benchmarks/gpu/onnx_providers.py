@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from ctypes.util import find_library
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from .networks import free_memory
 from .record import Failed, Missing, Parts
 from .setting import Setting, report
 
@@ -25,18 +27,40 @@ MAX_SHARE = 0.1
 
 
 def run(parts: Parts, setting: Setting) -> None:
-    """TensorRT builds an engine for minutes, so it has the small model, and comes last."""
-    parts.run("CUDA", partial(compare, setting, "CUDAExecutionProvider", setting.pick("half-billion", "smallest")))
-    parts.run("TensorRT", partial(compare, setting, "TensorrtExecutionProvider", "embedded"))
+    """Compiling takes long and comes after; TensorRT builds an engine for minutes, and has the small model."""
+    with ExitStack() as stack:
+        # Exported by the first part that needs it
+        exported = lru_cache(lambda: export(stack, setting, "CUDAExecutionProvider", "half-billion"))
+        parts.run("CUDA", lambda: compare(setting, exported()))
+        parts.run("CUDA, compiled", lambda: compare_compiled(setting, exported()))
+    with ExitStack() as stack:
+        parts.run(
+            "TensorRT", lambda: compare(setting, export(stack, setting, "TensorrtExecutionProvider", "embedded"))
+        )
 
 
-def compare(setting: Setting, provider: str, preset: str) -> dict[str, object]:
+@dataclass
+class Exported:
     """
-    Differences from PyTorch, seconds by task, and bytes copied between host and card.
+    Args:
+        models (`dict`): The same weights in PyTorch and ONNX Runtime.
+        parity (`ExportReport`): How far the graphs are from PyTorch.
+        preset, precision, provider (`str`): What was exported, and for whom.
+    """
+
+    models: dict[str, Any]
+    parity: Any
+    preset: str
+    precision: str
+    provider: str
+
+
+def export(stack: ExitStack, setting: Setting, provider: str, preset: str) -> Exported:
+    """
+    Graphs that live as long as the stack.
 
     Raises:
         Missing: if ONNX Runtime or the provider is not here.
-        Failed: if keys and values leave the card.
     """
     if find_spec("onnxruntime") is None or find_spec("onnxscript") is None:
         raise Missing("onnxruntime or onnxscript is not installed: the extra export-gpu brings them")
@@ -46,35 +70,61 @@ def compare(setting: Setting, provider: str, preset: str) -> dict[str, object]:
 
     if provider.startswith("Tensorrt") and (setting.dry_run or not has_tensorrt()):
         raise Missing("TensorRT is not installed")
-    provider = setting.pick(provider, "CPUExecutionProvider")
-    if provider not in onnxruntime.get_available_providers():
+    chosen = setting.pick((preset, "fp16", provider), ("smallest", "fp32", "CPUExecutionProvider"))
+    if chosen[2] not in onnxruntime.get_available_providers():
         raise Missing(f"this ONNX Runtime has no {provider}: the extra export-gpu brings onnxruntime-gpu")
-    precision = setting.pick("fp16", "fp32")
     if not setting.dry_run:
         onnxruntime.preload_dlls()  # CUDA and cuDNN as PyTorch brought them
-    with onnx_runtime.prepared(preset, precision, provider, fused=not setting.dry_run, progress=report) as (
-        models,
-        parity,
-    ):
-        rounds, new_tokens = setting.pick((11, NEW_TOKENS), (1, 3))
-        sizes = (setting.pick(BATCH_SIZES, [1]), NUM_VOCO_TOKENS, TEXT_TOKENS, new_tokens, rounds)
-        records = onnx_runtime.compare(models, *sizes)
-        result: dict[str, object] = {
-            "preset": preset,
-            "precision": precision,
-            "provider": provider,
-            "num_voco_tokens": NUM_VOCO_TOKENS,
-            "text_tokens": TEXT_TOKENS,
-            "new_tokens": new_tokens,
-            "rounds": rounds,
-            "by_batch_size": records,
-            "parity": [vars(difference) for difference in parity.differences],
-            "copies": copies(models["onnxruntime"], onnx_runtime.make_calls),
-        }
-        del models
-    free_memory()
+    options = {"fused": not setting.dry_run, "progress": report}
+    models, parity = stack.enter_context(onnx_runtime.prepared(*chosen, **options))
+    return Exported(models, parity, *chosen)
+
+
+def compare(setting: Setting, exported: Exported) -> dict[str, object]:
+    """
+    Differences from PyTorch, seconds by task, and bytes copied between host and card.
+
+    Raises:
+        Failed: if keys and values leave the card.
+    """
+    from benchmarks import onnx_runtime
+
+    result = {
+        **measure(setting, exported, exported.models),
+        "parity": [vars(difference) for difference in exported.parity.differences],
+        "copies": copies(exported.models["onnxruntime"], onnx_runtime.make_calls),
+    }
     check_copies(result)
     return result
+
+
+def compare_compiled(setting: Setting, exported: Exported) -> dict[str, object]:
+    """Seconds by task against PyTorch with compiled layers."""
+    from benchmarks import onnx_runtime
+
+    network = onnx_runtime.build(exported.preset, exported.precision, setting.device)
+    models = {
+        "compiled": onnx_runtime.compile_layers(network),
+        "onnxruntime": exported.models["onnxruntime"],
+    }
+    return measure(setting, exported, models)
+
+
+def measure(setting: Setting, exported: Exported, models: dict[str, Any]) -> dict[str, object]:
+    from benchmarks import onnx_runtime
+
+    rounds, new_tokens = setting.pick((11, NEW_TOKENS), (1, 3))
+    sizes = setting.pick(BATCH_SIZES, [1])
+    return {
+        "preset": exported.preset,
+        "precision": exported.precision,
+        "provider": exported.provider,
+        "num_voco_tokens": NUM_VOCO_TOKENS,
+        "text_tokens": TEXT_TOKENS,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "by_batch_size": onnx_runtime.compare(models, sizes, NUM_VOCO_TOKENS, TEXT_TOKENS, new_tokens, rounds),
+    }
 
 
 def has_tensorrt() -> bool:

@@ -178,7 +178,9 @@ def onnx_providers_rows(parts: Parts) -> Rows:
         for line in result.get("by_batch_size", []):
             for task, seconds in line["seconds"].items():
                 own = seconds["onnxruntime"]
-                ratios = [f"{seconds[variant] / own:.2f}" for variant in ("eager", "compiled")]
+                ratios = [
+                    f"{seconds[variant] / own:.2f}" if variant in seconds else "-" for variant in ("eager", "compiled")
+                ]
                 title = f"{name}, {result['preset']}, {result['precision']}"
                 rows.append([title, str(line["batch_size"]), task, milliseconds(own), *ratios])
         if part["status"] != record.PASSED:
