@@ -63,15 +63,17 @@ class Runner:
         record.write(path, {**(found or self.head), **summary})
         return outcome
 
+    def command(self, stage: Stage, path: Path) -> list[str]:
+        """What is started."""
+        command = [sys.executable, "-m", f"{__package__}.process", stage.name, str(path), self.head["command"]]
+        command += [str(self.work_dir), *(["--dry-run"] if self.head["dry_run"] else [])]
+        return [*command, *(["--model", self.head["model"]] if self.head["model"] else [])]
+
     def _start(self, stage: Stage, path: Path, limit: float, *flags: str) -> int | None:
         """Exit code of a process, `None` if it was stopped at the limit."""
-        command = [sys.executable, "-m", f"{__package__}.process", stage.name, str(path), self.head["command"]]
-        command += [str(self.work_dir), *flags]
-        command += ["--dry-run"] if self.head["dry_run"] else []
-        command += ["--model", self.head["model"]] if self.head["model"] else []
         with path.with_suffix(".log").open("a") as log:
             process = subprocess.Popen(
-                command,
+                [*self.command(stage, path), *flags],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
