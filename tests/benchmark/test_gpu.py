@@ -49,12 +49,13 @@ def test_what_is_done_is_not_run_again(dry_run):
 
 
 def test_tables_are_made_of_what_stages_write(dry_run, tmp_path):
+    folder = tmp_path / "card"
+    folder.mkdir()
     for name in NAMES:
         found = {**json.loads((dry_run / f"{name}.json").read_text()), "card": "A card"}
-        record.write(tmp_path / f"{name}.json", found)
-    results = tmp_path.parent
+        record.write(folder / f"{name}.json", found)
     for name, (stage, _) in tables.TABLES.items():
-        table = tables.render(name, results).splitlines()
+        table = tables.render(name, tmp_path).splitlines()
         assert table[0].startswith("A card, random weights, PyTorch"), (name, table)
         assert len(table) > 4 and len({line.count(" | ") for line in table[2:]}) == 1, (name, stage, table)
 
