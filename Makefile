@@ -21,8 +21,8 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
 # All that needs a GPU, within 25 minutes of one: checks, and the figures that the documentation's tables are made from.
-# TORCH must be a CUDA build; ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without
-gpu: $(VENV)/.installed-dev
+# ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without a GPU
+gpu: $(VENV)/.installed-gpu
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 quality: $(VENV)/.installed-dev
@@ -69,4 +69,12 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+# What is for GPUs alone in place of what is for CPUs; without the last two their stages are skipped
+$(VENV)/.installed-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "onnxruntime-gpu>=1.31"
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check bitsandbytes
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed
 	@touch $@

@@ -65,5 +65,5 @@ def memory_limit(gib: float) -> Iterator[None]:
 
 
 def peak_memory() -> int | None:
-    """Bytes that were reserved at the worst moment since [`memory_limit`] began; `None` without a GPU."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    """Bytes of tensors at the worst moment since [`memory_limit`] began; `None` without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -26,7 +26,7 @@ from .setting import Setting
 
 
 STEPS = 20
-NUM_ROWS, NUM_TURNS = 96, 120  # turns enough for the longest rows that the recipes let through
+NUM_ROWS, NUM_TURNS = 96, 480  # turns enough for the longest rows that the recipes let through
 
 
 def run(parts: Parts, setting: Setting) -> None:
@@ -125,7 +125,7 @@ def make_data(setting: Setting) -> Path:
                     for turn in scene["messages"]
                     if turn["role"] in names
                 ]
-                turns = (turns * NUM_TURNS)[: setting.pick(2 * NUM_TURNS, 4)]
+                turns = (turns * NUM_TURNS)[:NUM_TURNS]
                 turns[0] = {**turns[0], "value": f"<image>\n{turns[0]['value']}"}
                 rows.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
             (aside / "data.json").write_text(json.dumps(rows))

@@ -77,7 +77,7 @@ class Runner:
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(self.head["dry_run"]),
+                env=environment(self.head),
                 start_new_session=True,  # so that what it starts is stopped with it
             )
             try:
@@ -102,12 +102,14 @@ class Runner:
         return set(parts)
 
 
-def environment(dry_run: bool) -> dict[str, str]:
+def environment(head: dict[str, Any]) -> dict[str, str]:
     """Of a stage's process; a dry run sees no GPU, and compiles nothing, which takes minutes."""
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
-    if dry_run:
-        variables |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    if head["model"] is None or Path(head["model"]).is_dir():
+        variables["HF_HUB_OFFLINE"] = "1"  # nothing is needed from there
+    if head["dry_run"]:
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
     return variables
 
 
