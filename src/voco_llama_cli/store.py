@@ -15,7 +15,9 @@ from .options import human_bytes, plural
 store_app = typer.Typer(
     help="Look into a store of compressed images, check it, remove from it.", invoke_without_command=True
 )
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Folder of the store. A URL, as s3://bucket/photos.voco, is read only.")
+]
 
 
 @store_app.callback()
