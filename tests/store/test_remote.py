@@ -110,9 +110,7 @@ def test_is_not_written(url, local):
             remote.compact,
             lambda: remote.record_failures({"a": "b"}),
         ):
-            with pytest.raises(
-                NotWritableError, match="can be read, but not written: .* is not a folder of this machin"
-            ):
+            with pytest.raises(NotWritableError, match=r"can be read, but not written: .* is not a folder"):
                 write()
         assert len(remote) == 61
     assert {path: path.read_bytes() for path in local.rglob("*") if path.is_file()} == before
@@ -158,7 +156,7 @@ def test_what_is_wrong_is_said(url):
 
 
 def test_a_server_that_is_not_there(s3):
-    with pytest.raises(OSError, match="s3://bucket/photos.voco cannot be read"):
+    with pytest.raises(OSError, match=r"s3://bucket/photos\.voco cannot be read"):
         options = {**s3, "endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 1}}}
         VoCoStore("s3://bucket/photos.voco", storage_options=options)
     with pytest.raises(FileNotFoundError):

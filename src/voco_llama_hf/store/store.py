@@ -1,28 +1,30 @@
 """`VoCoStore`: a folder of shards and an index of what is in them."""
 
+import dataclasses
 import json
 import logging
 import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..files import inside, remove_abandoned
-from ..modeling.cache_voco_llama import VoCoCache
+from ..modeling.cache_voco_llama import VoCoCache, digest
 from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 from .errors import DamagedError
 from .index import DamagedRow, Index, Row
 from .places import INDEX, SHARDS, LocalPlace, Place, RemotePlace, is_url
-from .shards import ASIDE, Record, Shard, save_shard, single_k, write_shard
+from .rows import Packed
+from .shards import ASIDE, Record, Shard, pack, save_shard, single_k, write_shard
 
 
 COMPACT_TOKENS = 4_096  # VoCo tokens that a shard of compact has at least
@@ -30,6 +32,7 @@ HASH_DIGITS = 8  # of a hash that make a name
 OLD_PARTS = re.compile(r"[0-9a-f]{32}\.part|\.tmp\w{6}")  # what killed writers of the first version left
 PART_SECONDS = 3_600  # without a change, after which nobody is writing these any more
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -222,7 +225,7 @@ class VoCoStore:
             raise ValueError(f"{content_hash} is stored more than once: say which of {found}")
         if not rows:
             raise KeyError(f"{content_hash} is not in the store {self.path}")
-        return self._read(rows[0])
+        return self._read(rows[0], self._read_row)
 
     def find(self, name: str) -> list[Entry]:
         """
@@ -302,6 +305,49 @@ class VoCoStore:
             self._index.record(contents)
         return len(new)
 
+    def add_packed(self, entries: Sequence[Packed], replace: bool = False) -> int:
+        """
+        Stores entries as another store has them, in 8 bits or not as this one keeps them, with [`VoCoStore.add`]'s
+        promises.
+
+        Returns:
+            `int`: How many are new.
+        """
+        for entry in entries:
+            check_fingerprint(entry.fingerprint, self.fingerprint, f"the store {self.path}")
+        contents = [
+            dataclasses.replace(entry.record.content, source=source) for entry in entries for source in entry.sources
+        ]
+        with self._write():
+            new: dict[tuple, Packed] = {}
+            for entry in entries:
+                content, k = entry.record.content, entry.record.num_voco_tokens
+                key = content.content_hash, k, content.sampling
+                if replace or not self.contains(*key):
+                    new.setdefault(key, self._repacked(entry))
+            for key in new:
+                self._index.delete(*key)
+            for dtype in dict.fromkeys(entry.dtype for entry in new.values()):
+                self._insert_packed([entry for entry in new.values() if entry.dtype == dtype], dtype)
+            self._index.drop_empty_shards()
+            self._index.record(contents)
+        return len(new)
+
+    def _repacked(self, entry: Packed) -> Packed:
+        if ("key_scales" in entry.tensors) == self.eight_bit:
+            return entry
+        tensors = pack(entry.unpack(), self.eight_bit)
+        record = dataclasses.replace(entry.record, sha256=digest(*tensors.values()))
+        return dataclasses.replace(entry, record=record, tensors=tensors)
+
+    def _insert_packed(self, entries: Sequence[Packed], dtype: torch.dtype) -> None:
+        records, start = [], 0
+        for entry in entries:
+            records.append(dataclasses.replace(entry.record, first_token=start))
+            start += entry.record.num_tokens
+        path = save_shard(self.shards, [entry.tensors for entry in entries], records, self.fingerprint, dtype)
+        self._index.insert_shard(path.name, records)
+
     def adopt(self) -> None:
         """
         Takes shards into the index that other processes, or a killed one, have left in the folder. Those that are
@@ -366,12 +412,33 @@ class VoCoStore:
         for row in self._index.rows():
             problem: DamagedError | OSError | None = None
             try:
-                self._read(row)
+                self._read(row, self._read_row)
             except KeyError:
                 continue  # removed since
             except (DamagedError, OSError) as error:
                 problem = error
             yield self._entry(row), problem
+
+    def sources(self) -> list[str]:
+        """Where all that is stored was found."""
+        return [row["source"] for row in self._index.sources("error IS NULL")]
+
+    def packed(self) -> Iterator[tuple[Entry, Packed | DamagedError | OSError]]:
+        """
+        Every entry as it is stored, or what is wrong with it.
+
+        Raises:
+            DamagedError: if the index itself is damaged.
+        """
+        self._index.check()
+        for row in self._index.rows():
+            entry = self._entry(row)
+            try:
+                yield entry, self._read(row, self._pack_row)
+            except KeyError:
+                continue  # removed since
+            except (DamagedError, OSError) as error:
+                yield entry, error
 
     # How it is done
 
@@ -454,24 +521,16 @@ class VoCoStore:
 
     def _rewrite(self, rows: list[Row]) -> None:
         """Moves entries to a new shard, as they are stored; damaged ones stay."""
-        packed, records, moved, start = [], [], [], 0
+        packed, moved = [], []
         for row in rows:
-            shard = self._shard(row.shard)
             try:
-                tensors = shard.tensors(row.first_token, row.num_tokens, row.sha256)
+                packed.append(self._pack_row(row))
             except DamagedError:
                 continue
-            dtype = shard.dtype
-            source = next(iter(self._index.sources_of(row.content_hash)), "")
-            content = Content(row.content_hash, row.sampling, source, row.size, 0, row.metadata)
-            records.append(Record(content, row.num_voco_tokens, row.num_images, start, row.sha256, row.added))
-            packed.append(tensors)
             moved.append(row)
-            start += row.num_tokens
         if moved:
-            path = save_shard(self.shards, packed, records, self.fingerprint, dtype)
             self._index.delete_rows(moved)
-            self._index.insert_shard(path.name, records)
+            self._insert_packed(packed, packed[0].dtype)
 
     def _entry(self, row: Row | DamagedRow, known: dict[str, tuple[str, ...]] | None = None) -> Entry:
         if isinstance(row, DamagedRow):
@@ -490,14 +549,23 @@ class VoCoStore:
             known[row.content_hash],
         )
 
-    def _read(self, row: Row | DamagedRow) -> VoCoCache:
+    def _read_row(self, row: Row) -> VoCoCache:
+        return self._shard(row.shard).read(row.first_token, row.num_images, row.num_voco_tokens, row.sha256)
+
+    def _pack_row(self, row: Row) -> Packed:
+        shard, sources = self._shard(row.shard), self._index.sources_of(row.content_hash)
+        content = Content(row.content_hash, row.sampling, next(iter(sources), ""), row.size, 0, row.metadata)
+        record = Record(content, row.num_voco_tokens, row.num_images, 0, row.sha256, row.added)
+        tensors = shard.tensors(row.first_token, row.num_tokens, row.sha256)
+        return Packed(record, tensors, shard.dtype, shard.fingerprint, sources)
+
+    def _read(self, row: Row | DamagedRow, how: Callable[[Row], T]) -> T:
         """An entry, also if another process has compacted the store since the index was read."""
         while True:
             if isinstance(row, DamagedRow):
                 raise row.problem
             try:
-                shard = self._shard(row.shard)
-                return shard.read(row.first_token, row.num_images, row.num_voco_tokens, row.sha256)
+                return how(row)
             except FileNotFoundError as error:
                 rows = list(self._index.rows(row.content_hash, row.num_voco_tokens, row.sampling))
                 if not rows:
