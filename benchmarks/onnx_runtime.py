@@ -35,7 +35,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
 from voco_llama_hf.export.exporter import PRECISIONS
-from voco_llama_hf.export.session import CUDA_PROVIDERS
+from voco_llama_hf.export.providers import CUDA_PROVIDERS
 
 
 # Text model and vision tower: hidden size, intermediate size, layers, heads, key-value heads; the tower is CLIP-L
