@@ -1,5 +1,6 @@
 """A memory of compressed images: compress an archive once, then ask it anything."""
 
+from .compressor import VoCoCompressor
 from .content import Content, hash_file, hash_pixels
 from .errors import DamagedError, NotWritableError
 from .rows import arrow_schema, cache_from_row
@@ -11,6 +12,7 @@ __all__ = [
     "DamagedError",
     "Entry",
     "NotWritableError",
+    "VoCoCompressor",
     "VoCoStore",
     "arrow_schema",
     "cache_from_row",
