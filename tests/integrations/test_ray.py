@@ -52,7 +52,8 @@ def s3_server():
 @pytest.fixture(scope="module", autouse=True)
 def cluster(s3_server):
     names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-    names |= {"RAY_AUTH_MODE": "disabled", "AWS_ENDPOINT_URL": s3_server or ""}
+    # Ray gives its workers the last of what a busy machine has
+    names |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "AWS_ENDPOINT_URL": s3_server or ""}
     tests = str(Path(__file__).parents[1])
     with pytest.MonkeyPatch.context() as environment:
         for name, value in names.items():
