@@ -20,8 +20,8 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from cli.conftest import save_checkpoint  # noqa: E402
 from PIL import Image  # noqa: E402
-from store.test_indexing import check_every_entry  # noqa: E402
 from store.test_indexing import archive as make_archive  # noqa: E402, F401
+from store.test_indexing import check_every_entry  # noqa: E402
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor  # noqa: E402
 from voco_llama_hf.integrations.ray import ClusterIndexer  # noqa: E402
@@ -178,7 +178,7 @@ def test_a_head_that_is_killed(photos, checkpoint, tmp_path):
 def test_parquet_and_tars(photos, checkpoint, tmp_path):
     folder = tmp_path / "tables"
     folder.mkdir()
-    files = [path for path in sorted(photos.iterdir())]
+    files = sorted(photos.iterdir())
     rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}, "label": 1} for path in files[:15]]
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     with tarfile.open(folder / "0000.tar", "w") as tar:
