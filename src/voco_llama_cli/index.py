@@ -56,7 +56,7 @@ def index(
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that read files ahead.")] = 0,
     num_processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that compress, one a device.  [default: 1, with --cluster all devices]"),
+        typer.Option(min=1, help="Processes that compress, one a device. By default 1, with --cluster one on each."),
     ] = None,
     cluster: Annotated[
         bool,

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 RETRIES = 3  # of a batch whose worker was lost: what kills every worker is no bad luck
-RECORDED_AT_A_TIME = 1_000
 # Names of files are bytes, and not always text
 INPUT = pa.schema(
     [("source", pa.binary()), ("version", pa.int64()), ("data", pa.large_binary()), ("error", pa.string())]
@@ -157,9 +156,8 @@ class ClusterIndexer:
         self.store = VoCoStore(os.path.abspath(store), self.described.fingerprint, eight_bit)
 
     def _ask_a_worker(self) -> Described:
-        with_errors = ray.remote(**self.resources)(describe)
         try:
-            return ray.get(with_errors.remote(self.options))
+            return ray.get(ray.remote(**self.resources)(describe).remote(self.options))
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, (ValueError, OSError, ImportError)):

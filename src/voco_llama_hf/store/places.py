@@ -185,10 +185,12 @@ class RemotePlace:
                 path = f"{self.root}/{INDEX}{ending}"
                 try:
                     size = self.filesystem.info(path)["size"]
-                except FileNotFoundError:
-                    if not ending:
-                        raise FileNotFoundError(f"no VoCoStore at {self.url}") from None
-                    continue
+                except (FileNotFoundError, PermissionError) as error:
+                    if ending:
+                        continue  # who may not list a bucket is forbidden what is not there
+                    if isinstance(error, PermissionError):
+                        raise
+                    raise FileNotFoundError(f"no VoCoStore at {self.url}") from None
                 if size > MAX_INDEX:
                     raise OSError(f"the index of {self.url} has {size:,} bytes, at most {MAX_INDEX:,} are read")
                 self.filesystem.get_file(path, os.fspath(index) + ending)
