@@ -209,6 +209,7 @@ class ClusterIndexer:
             batch_size=self.shard_images,
             batch_format="pyarrow",
             concurrency=self.num_workers,
+            # By default Ray tries for ever. These two have no other way in; it goes with Ray 2.64
             max_restarts=-1,
             max_task_retries=RETRIES,
             **self.resources,
