@@ -88,6 +88,8 @@ def make_calls(model, batch_size: int, num_voco_tokens: int, text_tokens: int, n
 
 
 def compile_layers(model: VoCoLlamaForConditionalGeneration) -> VoCoLlamaForConditionalGeneration:
+    # A dynamic cache has each layer compiled for its number, and beyond 8 nothing would be
+    torch._dynamo.config.recompile_limit = 8 * len(model.model.language_model.layers)
     for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
         layer.compile(dynamic=True)
     return model
