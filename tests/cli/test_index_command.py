@@ -109,6 +109,7 @@ def test_verify(invoke, index, images, store):
 
 
 def test_export_and_import(invoke, ask, images, store, tmp_path):
+    pytest.importorskip("pyarrow")
     out, copy = tmp_path / "out", tmp_path / "copy"
     assert f"{out}: 4 entries, " in invoke("store", "export", store, out).stdout
     assert f"{copy}: 4 entries, " in invoke("store", "import", out, "--store", copy).stdout
