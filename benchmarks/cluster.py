@@ -1,8 +1,8 @@
 """What an archive of many images costs: images a second in one process, two, and on Ray; and how a store grows.
 
-Images a second leave out what starting takes: they are those of a long run less those of a short one. Growth is
-measured with entries of a few numbers, so that what is measured is the index: its bytes, and the time to open the
-store, to find a file by its name, to get an entry, and to take in the shards of a cluster.
+Images a second leave out what starting takes: they are counted from the first shard that is written to the last.
+Growth is measured with entries of a few numbers, so that what is measured is the index: its bytes, and the time to open
+the store, to find a file by its name, to get an entry, and to take in the shards of a cluster.
 
     python benchmarks/cluster.py rates --output benchmarks/results/cluster_rates_cpu.json
     python benchmarks/cluster.py growth --output benchmarks/results/cluster_growth_cpu.json --plot growth.png
@@ -64,46 +64,50 @@ def seconds(work: Callable[[], Any]) -> float:
 
 @app.command()
 def rates(
-    short: Annotated[int, typer.Option(help="Images of a short run.")] = 32,
-    long: Annotated[int, typer.Option(help="Images of a long run.")] = 544,
+    images: Annotated[int, typer.Option(help="Images to index.")] = 512,
+    shard_images: Annotated[int, typer.Option(help="Images of a shard.")] = 32,
     rounds: int = 1,
     output: Path | None = None,
 ) -> None:
     """Images a second of `voco-llama index`: runs that take turns, each in processes of its own."""
-    times: dict[str, dict[int, list[float]]] = {name: {short: [], long: []} for name in VARIANTS}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
     with tempfile.TemporaryDirectory() as name:
-        for number in (short, long):
-            folder = Path(name, str(number))
-            folder.mkdir()
-            for i in range(number):
-                scene: dict[str, Any] = make_scene("test", i)
-                scene["image"].save(folder / f"{i}.png")
+        folder = Path(name, "photos")
+        folder.mkdir()
+        for i in range(images):
+            scene: dict[str, Any] = make_scene("test", i)
+            scene["image"].save(folder / f"{i}.png")
         for turn in range(rounds):
             for variant, options in VARIANTS.items():
-                for number in (short, long):
-                    store = f"{name}/{variant}-{number}-{turn}"
-                    command = [sys.executable, "-m", "voco_llama_cli", "index", f"{name}/{number}", "--store", store]
-                    run = [*command, *options, "--device", "cpu", "--shard-images", "64"]
-                    took = seconds(
-                        lambda run=run: subprocess.run(run, check=True, env=environment, capture_output=True)
-                    )
-                    times[variant][number].append(took)
-                    with VoCoStore(store) as opened:
-                        assert len(opened) == number
-    medians = {variant: {n: statistics.median(took) for n, took in runs.items()} for variant, runs in times.items()}
-    table = Table("", "images/s", "seconds to start")
+                store = Path(name, f"{variant} {turn}")
+                command = [
+                    sys.executable,
+                    "-m",
+                    "voco_llama_cli",
+                    "index",
+                    str(folder),
+                    "--store",
+                    str(store),
+                    *options,
+                ]
+                command += ["--device", "cpu", "--shard-images", str(shard_images)]
+                took = seconds(
+                    lambda run=command: subprocess.run(run, check=True, env=environment, capture_output=True)
+                )
+                written = sorted(path.stat().st_mtime for path in (store / "shards").iterdir())
+                with VoCoStore(store) as opened:
+                    assert len(opened) == images
+                found[variant].append(((images - shard_images) / (written[-1] - written[0]), took))
+                print(variant, found[variant][-1], flush=True)
+    table = Table("", "images/s", "seconds in all")
     figures = {}
-    for variant, median in medians.items():
-        rate = (long - short) / (median[long] - median[short])
-        figures[variant] = {
-            "images_per_second": rate,
-            "seconds_to_start": median[short] - short / rate,
-            "seconds": median,
-        }
-        table.add_row(variant, f"{rate:.1f}", f"{median[short] - short / rate:.1f}")
+    for variant, runs in found.items():
+        rate, took = (statistics.median(values) for values in zip(*runs))
+        figures[variant] = {"images_per_second": rate, "seconds_in_all": took}
+        table.add_row(variant, f"{rate:.1f}", f"{took:.1f}")
     Console(width=100).print(table)
-    record(output, {"images": [short, long], "rounds": rounds, "rates": figures})
+    record(output, {"images": images, "shard_images": shard_images, "rounds": rounds, "rates": figures})
 
 
 def grow(folder: Path, number: int) -> dict[str, float]:
