@@ -1,8 +1,8 @@
 """What an archive of many images costs: images a second in one process, two, and on Ray; and how a store grows.
 
 Images a second leave out what starting takes: they are counted from the first shard that is written to the last.
-Growth is measured with entries of a few numbers, so that what is measured is the index: its bytes, and the time to open
-the store, to find a file by its name, to get an entry, and to take in the shards of a cluster.
+Growth is measured with entries of a few numbers, so that what is measured is the index: its bytes, and the time to
+open the store, to find a file by its name, to get an entry, and to take in the shards of a cluster.
 
     python benchmarks/cluster.py rates --output benchmarks/results/cluster_rates_cpu.json
     python benchmarks/cluster.py growth --output benchmarks/results/cluster_growth_cpu.json --plot growth.png
