@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-slow gpu quality style docs dist check-dist train-tiny train-576 clean
+.PHONY: demo test test-matrix test-slow test-ray gpu quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -24,6 +24,13 @@ test-slow: $(VENV)/.installed-dev
 # ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without a GPU
 gpu: $(VENV)/.installed-gpu
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# Ray, and stores at S3, in an environment of their own
+test-ray: pyproject.toml
+	test -x .ray/bin/python || $(PYTHON) -m venv .ray
+	.ray/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.ray/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ray,test-ray]"
+	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/integrations/test_ray.py tests/store/test_remote.py
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -56,7 +63,7 @@ train-576: $(VENV)/.installed-dev
 	$(BIN)/python -m voco_llama_hf.scenes.tiny --recipe scenes-576 --no-compile
 
 clean:
-	rm -rf $(VENV) .matrix build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
