@@ -22,6 +22,7 @@ def own_caches(tmp_path_factory):
 def task_folder(tmp_path_factory) -> Path:
     """Tasks in lmms-eval's YAML format: a few scenes, each with several questions, neighbours sharing an image."""
     import datasets
+    import numpy as np
     from video_files import write_video
 
     from voco_llama_hf.scenes import make_clips, make_scenes
@@ -53,9 +54,7 @@ def task_folder(tmp_path_factory) -> Path:
     clips = make_clips("test", 2)
     films = []
     for i, clip in enumerate(clips):
-        import numpy as np
-
-        write_video(folder / f"clip{i}.mp4", np.stack([np.asarray(frame.convert("RGB")) for frame in clip["frames"]]))
+        write_video(folder / f"clip{i}.mp4", np.stack([np.asarray(frame.convert("RGB")) for frame in clip["images"]]))
         films += [
             {"video": f"clip{i}.mp4", "question": question, "answer": answer}
             for question, answer in list(zip(clip["questions"], clip["answers"]))[:2]
@@ -72,15 +71,14 @@ def run_task(task_folder):
 
     manager = TaskManager(include_path=str(task_folder), include_defaults=False, model_name="voco_llama")
 
-    def run(task: str, force_simple: bool = False, use_cache: Path | None = None, batch_size: int = 4, **arguments):
+    def run(task: str, model: str = "voco_llama", use_cache: Path | None = None, batch_size: int = 4, **arguments):
         arguments = {"pretrained": EMBEDDED_CHECKPOINT, "dtype": "float32", "device": "cpu", **arguments}
         return simple_evaluate(
-            "voco_llama",
+            model,
             model_args=",".join(f"{name}={value}" for name, value in arguments.items()),
             tasks=[task],
             task_manager=manager,
             batch_size=batch_size,
-            force_simple=force_simple,
             use_cache=None if use_cache is None else str(use_cache),
         )
 

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 MODEL_ID = "voco_llama"
 
 
-def manifest() -> "ModelManifest":
+def manifests() -> list["ModelManifest"]:
     """What lmms-eval finds at the entry point `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(
-        MODEL_ID,
-        simple_class_path=f"{__name__}.model.VoCoLlama",
-        chat_class_path=f"{__name__}.model.VoCoLlamaChat",
-    )
+    # Two names: where one has both classes lmms-eval takes the second, which cannot say how likely an answer is
+    return [
+        ModelManifest(MODEL_ID, simple_class_path=f"{__name__}.model.VoCoLlama"),
+        ModelManifest(f"{MODEL_ID}_chat", chat_class_path=f"{__name__}.model.VoCoLlamaChat"),
+    ]
 
 
-__all__ = ["MODEL_ID", "manifest"]
+__all__ = ["MODEL_ID", "manifests"]

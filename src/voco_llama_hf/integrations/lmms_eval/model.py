@@ -1,6 +1,7 @@
 """The model that lmms-eval drives: its requests as questions, and their answers."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 
-from ...loading import load_model, load_processor
+from ...loading import is_hub_id, load_model, load_processor
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ...modeling.modeling_voco_llama import ATTENTION_MODES
 from ...modeling.processing_voco_llama import check_num_voco_tokens
 from .answering import Answerer, Question
+from .compat import keep_scores
 from .reading import AttentionMode, make_reading
 from .visuals import Visual, as_visual, exchange
 
@@ -48,6 +50,7 @@ class LoadedVoCoLlama(lmms):
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ):
         super().__init__()
+        keep_scores()
         self.blind, self.batch_size, self.device = blind, batch_size, model.device
         self.num_frames = num_frames or processor.num_frames
         k = num_voco_tokens or processor.num_voco_tokens
@@ -129,7 +132,7 @@ class LoadedVoCoLlama(lmms):
             avg_speed=num_tokens / seconds if seconds else 0.0,
             additional_metrics={
                 "rank": self.rank,
-                "num_requests": answered,
+                "questions_answered": answered,
                 "images_read": read,
                 "images_reused": reused,
             },
@@ -187,6 +190,8 @@ class VoCoLlama(LoadedVoCoLlama):
         max_batch_size: int | None = None,
     ):
         check_arguments(num_voco_tokens, attention_mode, num_frames, batch_size)
+        if not os.path.isdir(pretrained) and not is_hub_id(pretrained):
+            raise ValueError(f"no such model folder: {pretrained!r}")
         accelerator = Accelerator()
         place = accelerator.device if device is None or accelerator.num_processes > 1 else torch.device(device)
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -208,7 +213,7 @@ class VoCoLlama(LoadedVoCoLlama):
 
 
 class VoCoLlamaChat(VoCoLlama):
-    """[`VoCoLlama`] for tasks that write conversations, with images between texts."""
+    """[`VoCoLlama`] for tasks that write conversations, with images between texts. They can only be answered."""
 
     is_simple = False
 

@@ -237,7 +237,7 @@ def alike(visuals: Iterable[Visual]) -> list[list[Visual]]:
 
 def placeholder_cache(num_images: int, num_voco_tokens: int) -> VoCoCache:
     """Entries with nothing in them, which the processor counts."""
-    nothing = torch.zeros(1, num_images * num_voco_tokens, 1, 1)
+    nothing = torch.zeros(num_images * num_voco_tokens, 1, 1, 1)
     return VoCoCache(nothing, nothing, [num_voco_tokens] * num_images, {})
 
 
