@@ -124,7 +124,7 @@ def test_all_vision_tokens(mode, network, docs):
     k = reading.num_voco_tokens
     encoded = reading.encode(prompts, [[as_visual(image, 8) for image in row] for row in images])
     with torch.no_grad():
-        logits = model(**encoded.inputs, logits_to_keep=2).logits
+        logits = reading.network(**encoded.inputs, logits_to_keep=2).logits
         inputs = processor(
             text=prompts,
             images=[image for row in images for image in row],

@@ -43,7 +43,9 @@ class Answerer:
 
     def __init__(self, reading: Reading, batch_size: int, show_progress: bool = True):
         self.reading, self.batch_size, self.show_progress = reading, batch_size, show_progress
-        self.model, self.processor = reading.model, reading.processor
+        # Its methods are annotated by transformers as of any model
+        self.network: Any = reading.network
+        self.processor = reading.processor
         self.seconds = 0.0  # spent on answers, from the pixels on
         self.num_answered = 0
 
@@ -57,11 +59,11 @@ class Answerer:
         """
         stops = stop_strings(options)
         for batch, encoded in self._batches(questions):
-            room = max(1, self.model.config.text_config.max_position_embeddings - encoded.length)
+            room = max(1, self.network.config.text_config.max_position_embeddings - encoded.length)
             sampling = generation_options(options, room)
             if stops:
                 sampling |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
-            ids = self.model.generate(**encoded.inputs, **sampling, pad_token_id=self._pad_id)
+            ids = self.network.generate(**encoded.inputs, **sampling, pad_token_id=self._pad_id)
             for row in ids[:, encoded.num_returned :]:
                 text = self.processor.tokenizer.decode(row, skip_special_tokens=True)
                 yield cut(text, stops), int((row != self._pad_id).sum())
@@ -72,7 +74,7 @@ class Answerer:
         for batch, encoded in self._batches(questions):
             counts = self._count_continuations(batch)
             num_columns = max(counts)
-            logits = self.model(**encoded.inputs, use_cache=False, logits_to_keep=num_columns + 1).logits[:, :-1]
+            logits = self.network(**encoded.inputs, use_cache=False, logits_to_keep=num_columns + 1).logits[:, :-1]
             wanted = encoded.input_ids[:, -num_columns:]
             losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
             is_greedy = logits.argmax(-1) == wanted

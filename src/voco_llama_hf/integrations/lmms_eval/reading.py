@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedModel
 
+from ...llava import as_llava
 from ...modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ...prompts import starts_with_bos
 from ...serving.image_cache import ImageCache
@@ -53,6 +54,7 @@ class Reading(ABC):
         self, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, num_voco_tokens: int = 1
     ):
         self.model, self.processor, self.num_voco_tokens = model, processor, num_voco_tokens
+        self.network: PreTrainedModel = model  # what takes the inputs of a batch
         self.num_read = 0  # images and frames that the vision tower has seen
         self.num_reused = 0  # and those that it need not have seen again
 
@@ -161,6 +163,8 @@ class FullReading(Reading):
     ):
         super().__init__(model, processor, num_voco_tokens if attention_mode == "causal" else 1)
         self.attention_mode = attention_mode
+        # A long sequence is a LLaVA's: the model itself would ask for the images of its <voco> tokens
+        self.network = as_llava(model)
 
     def encode(self, prompts: Sequence[str], visuals: Sequence[Sequence[Visual]]) -> Encoded:
         shown = [visual for row in visuals for visual in row]
