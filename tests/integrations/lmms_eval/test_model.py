@@ -53,8 +53,29 @@ def test_command(task_folder, tmp_path):
     import sys
 
     arguments = f"pretrained={EMBEDDED_CHECKPOINT},num_voco_tokens=2"
-    command = [sys.executable, "-m", "lmms_eval", "--model", "voco_llama", "--model_args", arguments, "--tasks", "scenes"]
-    options = ["--include_path", task_folder, "--output_path", tmp_path, "--limit", "4", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "voco_llama",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "scenes",
+    ]
+    options = [
+        "--tasks",
+        "scenes",
+        "--include_path",
+        task_folder,
+        "--output_path",
+        tmp_path,
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+    ]
     subprocess.run([*command, *options], check=True)
     (path,) = tmp_path.rglob("*results.json")
     assert json.loads(path.read_text())["results"]["scenes"]["exact_match,none"] > 0.4
@@ -68,7 +89,11 @@ def test_likelihoods_are_those_of_forward(run_task, network, docs):
         prompt = f"<image>\n{doc['question']}\n"
         for choice, (loss, is_greedy) in zip(doc["choices"], sample["filtered_resps"]):
             inputs = processor(
-                text=prompt + choice, images=doc["image"], num_voco_tokens=2, add_special_tokens=False, return_tensors="pt"
+                text=prompt + choice,
+                images=doc["image"],
+                num_voco_tokens=2,
+                add_special_tokens=False,
+                return_tensors="pt",
             )
             count = len(processor.tokenizer(choice, add_special_tokens=False).input_ids)
             ids = inputs["input_ids"][0]

@@ -64,7 +64,15 @@ def test_what_is_there_is_not_asked_again(evaluated, task_folder, tmp_path):
     folder, printed = evaluated
     paths = sorted((folder / "run").rglob("*.json"))
     before = {path: path.stat().st_mtime_ns for path in paths}
-    command = [*COMMAND, "--include-path", task_folder, "--work-dir", folder / "run", "--output", tmp_path / "again.md"]
+    command = [
+        *COMMAND,
+        "--include-path",
+        task_folder,
+        "--work-dir",
+        folder / "run",
+        "--output",
+        tmp_path / "again.md",
+    ]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 0, result.output
     assert {path: path.stat().st_mtime_ns for path in paths} == before

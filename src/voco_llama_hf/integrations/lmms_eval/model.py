@@ -194,7 +194,7 @@ class VoCoLlama(LoadedVoCoLlama):
             raise ValueError(f"no such model folder: {pretrained!r}")
         accelerator = Accelerator()
         place = accelerator.device if device is None or accelerator.num_processes > 1 else torch.device(device)
-        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         # Its `to` is annotated by transformers as a plain function
         model: Any = load_model(pretrained, revision=revision, dtype=dtype, **options)
         super().__init__(

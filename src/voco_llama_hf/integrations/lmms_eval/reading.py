@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -140,7 +141,7 @@ class CompressedReading(Reading):
             size = len(made) // len(group)
             entries |= {visual.key: made[i * size : (i + 1) * size] for i, visual in enumerate(group)}
         for visual in new:
-            self.memory.get_or_compress(visual.key, self.num_voco_tokens, lambda key=visual.key: entries[key])
+            self.memory.get_or_compress(visual.key, self.num_voco_tokens, partial(entries.__getitem__, visual.key))
         num_new = sum(len(entries[visual.key]) for visual in new)
         self.num_reused += sum(len(entries[visual.key]) for visual in visuals) - num_new
         return entries

@@ -173,7 +173,11 @@ class LmmsResults:
     def _spent(self, reading: ReadingScores) -> list[str]:
         scores = reading.tasks.values()
         seconds = sum(one.seconds for one in scores) / len(scores)
-        return [f"{seconds:.3g}", f"{sum(s.images_read for s in scores):,}", f"{sum(s.images_reused for s in scores):,}"]
+        return [
+            f"{seconds:.3g}",
+            f"{sum(s.images_read for s in scores):,}",
+            f"{sum(s.images_reused for s in scores):,}",
+        ]
 
     def print(self, console: Console) -> None:
         """Prints the tables."""
@@ -198,7 +202,7 @@ class LmmsResults:
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis in axes[panels:]:
             axis.set_visible(False)
-        counts = [reading.num_voco_tokens for reading in self.compressed.values()]
+        counts = [reading.num_voco_tokens or 0 for reading in self.compressed.values()]
         for axis, task in zip(axes, self.tasks):
             self._draw_task(axis, task, counts)
         axis = axes[panels - 1]
@@ -211,7 +215,7 @@ class LmmsResults:
         with written_aside(path) as part:
             figure.savefig(part, dpi=150, format=Path(path).suffix[1:])
 
-    def _draw_task(self, axis: Axes, task: str, counts: Sequence[int | None]) -> None:
+    def _draw_task(self, axis: Axes, task: str, counts: Sequence[int]) -> None:
         scale = 100 if self.is_share(task) else 1
         axis.axhline(scale * self.value(self.upper, task), color="0.4", linestyle="--", linewidth=1, label=self.upper)
         values = [scale * self.value(name, task) for name in self.compressed]
@@ -234,7 +238,7 @@ class Grid:
         return f"{self.title}:\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def finish(axis: Axes, title: str, unit: str, counts: Sequence[int | None]) -> None:
+def finish(axis: Axes, title: str, unit: str, counts: Sequence[int]) -> None:
     """What all panels have."""
     axis.set_title(title, loc="left")
     axis.set_ylabel(unit)

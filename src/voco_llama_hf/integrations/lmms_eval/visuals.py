@@ -57,7 +57,9 @@ def as_visual(source: Any, num_frames: int) -> Visual:
         raise ValueError(f"VoCo-LLaMA reads images and videos, and this task shows {type(source).__name__}")
     path = os.path.expanduser(source)
     if is_video(path):
-        return Visual("video", f"{hash_file(path)} num_frames={num_frames}", lambda: list(read_frames(path, num_frames)))
+        return Visual(
+            "video", f"{hash_file(path)} num_frames={num_frames}", lambda: list(read_frames(path, num_frames))
+        )
     return Visual("image", hash_file(path), lambda: [open_image(path)])
 
 
