@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from .errors import UsageProblem
-from .evaluate_lmms import check_lmms_options, evaluate_lmms
+from .evaluate_lmms import LmmsSettings, check_lmms_options, evaluate_lmms
 from .options import (
     DeviceOption,
     Dtype,
@@ -77,8 +77,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[TASK]...",
-            help="Of lmms: tasks or groups of lmms-eval, as in pope; with the metric of the tables where it is not the "
-            "task's first, as in seedbench:seed_all.",
+            help="Of lmms: tasks or groups of lmms-eval, as in pope; with the metric of the tables where it is not "
+            "the task's first, as in seedbench:seed_all.",
         ),
     ] = None,
     model: ModelOption = None,
@@ -88,8 +88,8 @@ def evaluate(
             help="scenes: how many questions about images a model answers right. videos: about short videos, with all "
             "frames, with one, and out of order. retention: what survives VoCo tokens, and other "
             "ways to shorten an image, all trained alike from one start: hours without a GPU. video-retention: "
-            "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID. lmms: tasks of lmms-eval at each "
-            "number of VoCo tokens, uncompressed, and with the images of other questions."
+            "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID. lmms: tasks of lmms-eval at "
+            "each number of VoCo tokens, uncompressed, and with the images of other questions."
         ),
     ] = Suite.scenes,
     split: Annotated[Split, typer.Option(help="Split of the scenes.")] = Split.test,
@@ -128,8 +128,8 @@ def evaluate(
     upper_bound: Annotated[
         str | None,
         typer.Option(
-            help="Of lmms: model that was trained with VoCo tokens and nothing hidden. With it the bounds are those of "
-            "the paper's Table 1: what it answers, and what it answers from its VoCo tokens alone."
+            help="Of lmms: model that was trained with VoCo tokens and nothing hidden. With it the bounds are those "
+            "of the paper's Table 1: what it answers, and what it answers from its VoCo tokens alone."
         ),
     ] = None,
     num_frames: NumFramesOption = None,
@@ -168,11 +168,8 @@ def evaluate(
     check_plot(plot)
     folder = work_dir or Path("runs") / suite.value
     if suite is Suite.lmms:
-        size = batch_size or LMMS_BATCH_SIZE
-        evaluate_lmms(
-            tasks or [], model, upper_bound, counts, limit, size, num_frames, include_path, folder, output, plot, device,
-            dtype,
-        )  # fmt: skip
+        asking = LmmsSettings(limit, batch_size or LMMS_BATCH_SIZE, num_frames, include_path)
+        evaluate_lmms(tasks or [], model, upper_bound, counts, asking, folder, output, plot, device, dtype)
         return
     limit = limit or SCENES
     if suite not in TRAINS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from .errors import UsageProblem
@@ -10,6 +11,16 @@ from .options import Dtype, check_extra
 
 
 MODULES = ("lmms_eval", "matplotlib")
+
+
+@dataclass(frozen=True)
+class LmmsSettings:
+    """What [`~voco_llama_hf.integrations.lmms_eval.suite.Settings`] holds, where lmms-eval may be missing."""
+
+    limit: int | None
+    batch_size: int
+    num_frames: int | None
+    include_path: Path | None
 
 
 def check_lmms_options(tasks: Sequence[str], include_path: Path | None) -> None:
@@ -29,10 +40,7 @@ def evaluate_lmms(
     model: str | None,
     upper_bound: str | None,
     counts: tuple[int, ...],
-    limit: int | None,
-    batch_size: int,
-    num_frames: int | None,
-    include_path: Path | None,
+    asking: LmmsSettings,
     work_dir: Path,
     output: Path | None,
     plot: Path | None,
@@ -53,8 +61,7 @@ def evaluate_lmms(
         from voco_llama_hf.integrations.lmms_eval.suite import Settings, Suite
 
         datasets.disable_progress_bars()
-        settings = Settings(limit, batch_size, num_frames, include_path)
-        suite = Suite(work_dir, tasks, settings)
+        suite = Suite(work_dir, tasks, Settings(*astuple(asking)))
     console = wide_console()
     results = suite.run(network, counts, bound, report=console.rule)
     results.print(console)

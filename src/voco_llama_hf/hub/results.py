@@ -99,8 +99,8 @@ def video_eval_results(results: dict[str, Any]) -> list[EvalResult]:
 
 def lmms_eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """
-    Figures of [`~voco_llama_hf.integrations.lmms_eval.results.LmmsResults`], given as JSON has them: the metric of each
-    task at each number of VoCo tokens, uncompressed and with the images of other questions, and retention in percent.
+    Figures of [`~voco_llama_hf.integrations.lmms_eval.results.LmmsResults`], given as JSON has them: the metric of
+    each task at each number of VoCo tokens, uncompressed and with images of other questions, and retention in percent.
     Shares are as lmms-eval gives them, from 0 to 1. Bounds that another model gave are not this model's figures.
     """
     figures = []

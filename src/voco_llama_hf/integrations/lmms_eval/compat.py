@@ -8,8 +8,8 @@ from lmms_eval.api.instance import TokenCounts, unwrap_generation_output
 
 def keep_scores() -> None:
     """
-    Lets tasks have the numbers of `loglikelihood`: lmms-eval 0.7.3 turns `(0.5, True)`, and what its cache makes of it,
-    `[0.5, True]`, into text, on which every task of multiple choice fails, with any model.
+    Lets tasks have the numbers of `loglikelihood`: lmms-eval 0.7.3 turns `(0.5, True)`, and what its cache makes of
+    it, `[0.5, True]`, into text, on which every task of multiple choice fails, with any model.
     """
     if unwrap_generation_output((0.5, True)) != ((0.5, True), None):
         lmms_eval.evaluator.unwrap_generation_output = unwrap_output
