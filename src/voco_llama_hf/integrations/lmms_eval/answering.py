@@ -58,7 +58,7 @@ class Answerer:
             options (`dict`): The `generation_kwargs` of a task, of which those that are not known are left out.
         """
         stops = stop_strings(options)
-        for batch, encoded in self._batches(questions):
+        for _, encoded in self._batches(questions):
             room = max(1, self.network.config.text_config.max_position_embeddings - encoded.length)
             sampling = generation_options(options, room)
             if stops:

@@ -198,6 +198,7 @@ class FullReading(Reading):
             size = len(features) // len(group)
             made |= {visual.key: features[i * size : (i + 1) * size] for i, visual in enumerate(group)}
         features = [feature for visual in shown for feature in made[visual.key]]
+        self.num_reused += len(features) - sum(map(len, made.values()))
         return features, [len(made[visual.key]) for visual in shown]
 
     def _embed(self, ids: torch.Tensor, features: Iterator[torch.Tensor]) -> torch.Tensor:

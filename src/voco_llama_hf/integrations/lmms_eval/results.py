@@ -45,12 +45,12 @@ class TaskScores:
     """
     Args:
         metrics (`dict[str, float]`): All metrics of the task, as lmms-eval gives them.
-        seconds (`float`): Seconds a question, from the pixels to the answer, where it was answered.
-        images_read, images_reused (`int`): Images and frames that the vision tower saw, and that it need not see again.
+        seconds (`float`, *optional*): Seconds a question, from the pixels to the answer, of those answered last.
+        images_read, images_reused (`int`): Images and frames that the vision tower saw, and need not see again.
     """
 
     metrics: dict[str, float]
-    seconds: float
+    seconds: float | None
     images_read: int
     images_reused: int
 
@@ -172,9 +172,10 @@ class LmmsResults:
 
     def _spent(self, reading: ReadingScores) -> list[str]:
         scores = reading.tasks.values()
-        seconds = sum(one.seconds for one in scores) / len(scores)
+        known = [one.seconds for one in scores if one.seconds is not None]
+        seconds = f"{sum(known) / len(known):.3g}" if known else "-"
         return [
-            f"{seconds:.3g}",
+            seconds,
             f"{sum(s.images_read for s in scores):,}",
             f"{sum(s.images_reused for s in scores):,}",
         ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import sys
 from argparse import Namespace
@@ -254,7 +253,7 @@ class Suite:
         answerer = model.answerer
         return {
             **describe(results, task),
-            "seconds": answerer.seconds / answerer.num_answered if answerer.num_answered else math.nan,
+            "seconds": answerer.seconds / answerer.num_answered if answerer.num_answered else None,
             "images_read": answerer.reading.num_read,
             "images_reused": answerer.reading.num_reused,
         }
