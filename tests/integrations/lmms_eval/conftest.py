@@ -1,4 +1,4 @@
-import shutil
+import runpy
 from pathlib import Path
 
 import pytest
@@ -6,8 +6,7 @@ import pytest
 from voco_llama_hf import EMBEDDED_CHECKPOINT
 
 
-NUM_SCENES, NUM_QUESTIONS = 4, 3
-COLOURS = ["red", "green", "blue", "yellow", "orange"]
+EXAMPLE = Path(__file__).parents[3] / "examples" / "lmms_tasks" / "write.py"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,46 +19,9 @@ def own_caches(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory) -> Path:
-    """Tasks in lmms-eval's YAML format: a few scenes, each with several questions, neighbours sharing an image."""
-    import datasets
-    import numpy as np
-    from video_files import write_video
-
-    from voco_llama_hf.scenes import make_clips, make_scenes
-
+    """Tasks in lmms-eval's YAML format: four scenes with three questions each, two videos with two."""
     folder = tmp_path_factory.mktemp("tasks")
-    shutil.copytree(Path(__file__).parent / "tasks", folder, dirs_exist_ok=True)
-    scenes = make_scenes("test", NUM_SCENES)
-    rows = [
-        {
-            "image": scene["image"],
-            "second": scenes[(i + 1) % NUM_SCENES]["image"],
-            "question": question,
-            "answer": answer,
-            "choices": [answer, *[word for word in COLOURS if word != answer][:3]],
-        }
-        for i, scene in enumerate(scenes)
-        for question, answer in list(zip(scene["questions"], scene["answers"]))[:NUM_QUESTIONS]
-    ]
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "second": datasets.Image(),
-            "question": datasets.Value("string"),
-            "answer": datasets.Value("string"),
-            "choices": datasets.List(datasets.Value("string")),
-        }
-    )
-    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "questions.parquet")
-    clips = make_clips("test", 2)
-    films = []
-    for i, clip in enumerate(clips):
-        write_video(folder / f"clip{i}.mp4", np.stack([np.asarray(frame.convert("RGB")) for frame in clip["images"]]))
-        films += [
-            {"video": f"clip{i}.mp4", "question": question, "answer": answer}
-            for question, answer in list(zip(clip["questions"], clip["answers"]))[:2]
-        ]
-    datasets.Dataset.from_list(films).to_parquet(folder / "videos.parquet")
+    runpy.run_path(str(EXAMPLE))["write_tasks"](folder, num_scenes=4, num_questions=3)
     return folder
 
 
