@@ -136,33 +136,6 @@ def test_videos(run_task, network, task_folder):
     assert (results["throughput"]["avg_images_read"], results["throughput"]["avg_images_reused"]) == (8, 8)
 
 
-@pytest.mark.parametrize("mode", ["uncompressed", "causal"])
-def test_all_vision_tokens(mode, network, docs):
-    """Logits of the long sequence, in a batch of rows of other lengths, are those of the model's own single pass."""
-    from voco_llama_hf.integrations.lmms_eval.reading import FullReading
-    from voco_llama_hf.integrations.lmms_eval.visuals import as_visual
-
-    model, processor = network
-    images = [[docs[0]["image"]], [docs[3]["image"], docs[6]["image"]], []]
-    prompts = ["<image>\nWhat colour is it?\n", "<s>What is in <image> and <image>?\n", "<s>What?\n"]
-    reading = FullReading(model, processor, 3, mode)
-    k = reading.num_voco_tokens
-    encoded = reading.encode(prompts, [[as_visual(image, 8) for image in row] for row in images])
-    with torch.no_grad():
-        logits = reading.network(**encoded.inputs, logits_to_keep=2).logits
-        inputs = processor(
-            text=prompts,
-            images=[image for row in images for image in row],
-            num_voco_tokens=k,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
-        expected = model(**inputs, attention_mode=mode, use_cache=False).logits[:, -2:]
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
 def test_uncompressed_answers_are_those_of_llava(run_task, network, docs):
     from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader
 
