@@ -26,6 +26,20 @@ def task_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def docs(task_folder):
+    """The questions about images."""
+    import datasets
+
+    return datasets.load_dataset("parquet", data_files=str(task_folder / "questions.parquet"), split="train")
+
+
+@pytest.fixture(scope="session")
+def num_choices(docs) -> int:
+    """Answers whose likelihood is asked for."""
+    return sum(map(len, docs["choices"]))
+
+
+@pytest.fixture(scope="session")
 def run_task(task_folder):
     """Runs lmms-eval as its command does, with the model that its registry finds."""
     from lmms_eval.evaluator import simple_evaluate
