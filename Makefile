@@ -6,7 +6,7 @@ LMMS_EVAL_VENV ?= .venv-lmms-eval
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-lmms-eval test-slow quality style docs dist check-dist train-tiny train-576 clean
+.PHONY: demo test test-matrix test-lmms-eval test-slow gpu quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -24,6 +24,11 @@ test-lmms-eval: $(LMMS_EVAL_VENV)/.installed
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# All that needs a GPU, within 25 minutes of one: checks, and the figures that the documentation's tables are made from.
+# ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without a GPU
+gpu: $(VENV)/.installed-gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -79,4 +84,12 @@ $(LMMS_EVAL_VENV)/.installed: pyproject.toml
 		$(TORCH) --editable ".[lmms-eval,serve,test]"
 	$(LMMS_EVAL_VENV)/bin/python -c "import torchvision" 2> /dev/null \
 		|| $(LMMS_EVAL_VENV)/bin/python -m pip uninstall --quiet --yes timm torchvision
+	@touch $@
+
+# What is for GPUs alone in place of what is for CPUs; without the last two their stages are skipped
+$(VENV)/.installed-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "onnxruntime-gpu>=1.31"
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check bitsandbytes
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed
 	@touch $@
