@@ -1,0 +1,176 @@
+"""What a client wrote, as tokens: our processor decides on them, so that they are those of `generate`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.utils.async_utils import make_async
+
+from ...modeling import VoCoCache, VoCoLlamaProcessor
+from .limits import read_options
+from .stored_images import StoreReader, read_sent
+
+
+class VoCoLlamaRenderer(HfRenderer):
+    """
+    Renders as vLLM does for models of transformers, but for the tokens. Every image, and every frame of a video,
+    becomes one `<voco>`, which [`VoCoLlamaMultiModalProcessor`] multiplies; no other `<voco>` comes through.
+    """
+
+    def __init__(self, config: VllmConfig, tokenizer: Any):
+        super().__init__(config, tokenizer)
+        self._expand_async = make_async(self._expand)
+        store = read_options(config).get("store")
+        if store is not None:
+            processor: Any = self.get_mm_processor()
+            processor.read_from(StoreReader(store, processor.info.served_model, self._processor))
+
+    def render_messages(self, messages: Any, params: ChatParams) -> Any:
+        return super().render_messages(messages, _with_parts(params))
+
+    async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
+        return await super().render_messages_async(messages, _with_parts(params))
+
+    def tokenize_prompt(self, prompt: Any, params: TokenizeParams) -> Any:
+        return self._check(super().tokenize_prompt(self._expand(prompt, params), params))
+
+    async def tokenize_prompt_async(self, prompt: Any, params: TokenizeParams) -> Any:
+        expanded = await self._expand_async(prompt, params)
+        return self._check(await super().tokenize_prompt_async(expanded, params))
+
+    @property
+    def _processor(self) -> VoCoLlamaProcessor:
+        return self.get_mm_processor().info.get_hf_processor()
+
+    @property
+    def _voco_token_id(self) -> int:
+        return self.model_config.hf_config.voco_token_id
+
+    def _expand(self, prompt: Any, params: TokenizeParams) -> Any:
+        """A prompt with its tokens, in which images and videos are one list of images."""
+        data, uuids = prompt.get("multi_modal_data") or {}, prompt.get("multi_modal_uuids") or {}
+        if other := sorted(set(data) - {"image", "video"}):
+            raise ValueError(f"VoCo-LLaMA takes images and videos, not {', '.join(other)}")
+        images = [self._images_of(item) for item in as_items(data.get("image"))]
+        videos = [frames_of(item) for item in as_videos(data.get("video"))]
+        if "prompt_token_ids" in prompt:
+            ids, order = self._expand_ids(prompt["prompt_token_ids"], images, videos)
+        else:
+            prompt = params.apply_pre_tokenization(self.tokenizer, prompt)
+            ids, order = self._expand_text(prompt["prompt"], images, videos, params.add_special_tokens)
+        left = {name: value for name, value in prompt.items() if name not in ("multi_modal_data", "multi_modal_uuids")}
+        expanded = {**left, "prompt_token_ids": ids}
+        if order:
+            groups, names = {"image": images, "video": videos}, {}
+            for kind in groups:
+                given = uuids.get(kind)
+                names[kind] = [None] * len(groups[kind]) if given is None else list(given)
+            chosen = [(groups[kind][index], names[kind][index]) for kind, index in order]
+            expanded["multi_modal_data"] = {"image": [item for group, _ in chosen for item in group]}
+            expanded["multi_modal_uuids"] = {"image": list(chain.from_iterable(map(_names, chosen)))}
+        return expanded
+
+    def _images_of(self, item: Any) -> list[Any]:
+        """The images that one image of a request stands for: a file of compressed ones may have many."""
+        if isinstance(item, torch.Tensor) and item.dtype == torch.uint8 and item.ndim == 2:
+            item = read_sent(item)
+        if isinstance(item, VoCoCache):
+            self.get_mm_processor().info.served_model.check(item, self._processor, "this VoCoCache")
+            return list(item)
+        if hasattr(item, "ndim") and item.ndim != 3:
+            raise ValueError(f"an image has shape (height, width, 3), got {tuple(item.shape)}")
+        return [item]
+
+    def _expand_text(
+        self, text: str, images: list[list], videos: list[list], add_special_tokens: bool
+    ) -> tuple[list[int], list[tuple[str, int]]]:
+        """Tokens, and which image or video each placeholder is, in their order."""
+        processor = self._processor
+        groups, order = {"image": images, "video": videos}, []
+        (placeholders,) = processor._find_placeholders([text]) or []
+        kinds = [str(match.lastgroup) for match in placeholders]
+        for kind, given in groups.items():
+            if (found := kinds.count(kind)) != len(given):
+                raise ValueError(f"the text has {found} <{kind}> tokens, but {len(given)} {kind}s were passed")
+        parts, last, total = [], 0, 0
+        for index, (match, kind) in enumerate(zip(placeholders, kinds)):
+            order.append((kind, kinds[:index].count(kind)))
+            size = len(groups[kind][order[-1][1]])
+            parts += [text[last : match.start()], processor.image_token * size]
+            last, total = match.end(), total + size
+        images_of = {"voco_cache": _single_tokens(total)} if order else {}
+        text = "".join([*parts, text[last:]])
+        return processor(text=text, add_special_tokens=add_special_tokens, **images_of)["input_ids"][0], order
+
+    def _expand_ids(
+        self, ids: Sequence[int], images: list[list], videos: list[list]
+    ) -> tuple[list[int], list[tuple[str, int]]]:
+        """The same for a prompt that comes in tokens, where every image is one `<voco>`."""
+        if videos:
+            raise ValueError("a prompt in tokens can have images, but no videos: pass its text, or its frames")
+        found = list(ids).count(self._voco_token_id)
+        if found != len(images):
+            raise ValueError(f"the prompt has {found} <voco> tokens, but {len(images)} images were passed")
+        groups = iter(images)
+        expanded = [[token] * len(next(groups)) if token == self._voco_token_id else [token] for token in ids]
+        return list(chain.from_iterable(expanded)), [("image", index) for index in range(len(images))]
+
+    def _check(self, prompt: Any) -> Any:
+        """After truncation, which must not cut images off."""
+        data = prompt.get("multi_modal_data") or {}
+        found, expected = prompt["prompt_token_ids"].count(self._voco_token_id), len(data.get("image", []))
+        if found != expected:
+            raise ValueError(
+                f"the prompt has {expected} images, but only {found} are left after truncation: increase "
+                "truncate_prompt_tokens or leave it out"
+            )
+        return prompt
+
+
+def _with_parts(params: ChatParams) -> ChatParams:
+    # Every template of a VoCo-LLaMA reads lists of parts, however vLLM judges its code
+    return replace(params, chat_template_content_format="openai")
+
+
+def _names(chosen: tuple[list, str | None]) -> list[str | None]:
+    group, name = chosen
+    if name is None or len(group) == 1:
+        return [name] * len(group)
+    return [f"{name}-{index}" for index in range(len(group))]
+
+
+def _single_tokens(number: int) -> VoCoCache:
+    """What the processor needs to know of images of one token each."""
+    states = torch.empty(number, 1, 1, 1, device="meta")
+    return VoCoCache(states, states, [1] * number, {})
+
+
+def as_items(data: Any) -> list[Any]:
+    """Images of a request, one or a list, or what a chat has made of files of compressed ones."""
+    if data is None:
+        return []
+    if isinstance(data, dict):
+        raise ValueError("image_embeds must be one array, the bytes of a VoCoCache file, see image_part")
+    if isinstance(data, torch.Tensor) and data.dtype == torch.uint8 and data.ndim == 3 and data.shape[1] == 1:
+        return list(data)
+    return list(data) if isinstance(data, (list, tuple)) else [data]
+
+
+def as_videos(data: Any) -> list[Any]:
+    """Videos of a request, one or a list: arrays of frames, with or without what vLLM knows of them."""
+    if data is None:
+        return []
+    return data if isinstance(data, list) else [data]
+
+
+def frames_of(video: Any) -> list[Any]:
+    frames = video[0] if isinstance(video, tuple) else video
+    frames = getattr(frames, "media", frames)
+    if getattr(frames, "ndim", 0) != 4 or len(frames) == 0:
+        raise ValueError("a video is an array of frames (num_frames, height, width, 3)")
+    return list(frames)
