@@ -135,16 +135,22 @@ class InjectedAttention(nn.Module):
 
 def attend(attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_images: int) -> torch.Tensor:
     """Causal attention inside each of `num_images` sequences, with the heads, scale and window of vLLM's `attn`."""
-    by_head = [
+    own_query, own_key, own_value = (
         states.view(num_images, -1, heads, attn.head_size).transpose(1, 2)
         for states, heads in ((query, attn.num_heads), (key, attn.num_kv_heads), (value, attn.num_kv_heads))
-    ]
-    length, mask = by_head[0].shape[2], None
+    )
+    length, mask = own_query.shape[2], None
     if attn.sliding_window is not None and attn.sliding_window < length:
         distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
         mask = (distance >= 0) & (distance < attn.sliding_window)
     attended = nn.functional.scaled_dot_product_attention(
-        *by_head, attn_mask=mask, is_causal=mask is None, scale=attn.impl.scale, enable_gqa=True
+        own_query,
+        own_key,
+        own_value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=attn.impl.scale,
+        enable_gqa=True,
     )
     return attended.transpose(1, 2).reshape(query.shape)
 

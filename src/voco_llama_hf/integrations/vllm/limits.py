@@ -44,10 +44,9 @@ def check_serving(vllm_config: VllmConfig) -> None:
     """
     config = vllm_config.model_config.hf_config
     check_text_config(config.text_config)
-    if config.text_config.model_type not in TEXT_MODELS:
-        raise ValueError(
-            f"VoCo-LLaMA runs in vLLM with text models of {', '.join(TEXT_MODELS)}, not {config.text_config.model_type}"
-        )
+    kind = config.text_config.model_type
+    if kind not in TEXT_MODELS:
+        raise ValueError(f"VoCo-LLaMA runs in vLLM with text models of {', '.join(TEXT_MODELS)}, not {kind}")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             "VoCo-LLaMA cannot run with pipeline parallelism: images are compressed by all layers before the first "

@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from ...modeling.configuration_voco_llama import key_value_shape
+from ...modeling.configuration_voco_llama import count_vision_tokens, key_value_shape
 from ...modeling.modeling_voco_llama import VoCoLlamaModel
 from .injection import Recorder, Rows, inject
 from .limits import num_rows
@@ -30,9 +30,9 @@ from .processing import VoCoLlamaDummyInputsBuilder, VoCoLlamaMultiModalProcesso
 )
 class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
     """
-    An image's embedding is a row for each of its VoCo tokens: keys before their rotation and values of every layer, and
-    the last hidden state, `(k, 2 * layers * kv_heads * head_dim + hidden_size)` with the heads of this rank. vLLM keeps
-    and slices such rows as it does any embeddings; [`Rows`] puts them in when their tokens are run.
+    An image's embedding is a row for each of its VoCo tokens: keys before their rotation and values of every layer,
+    and the last hidden state, `(k, 2 * layers * kv_heads * head_dim + hidden_size)` with the heads of this rank. vLLM
+    keeps and slices such rows as it does any embeddings; [`Rows`] puts them in when their tokens are run.
     """
 
     packed_modules_mapping = {  # noqa: RUF012  # read by vLLM's quantization
@@ -102,13 +102,11 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         return [found[i] for i in range(len(counts))]
 
     def _segment_length(self, num_voco_tokens: int) -> int:
-        config = self.config
-        vision = config.vision_config
-        num_patches = (vision.image_size // vision.patch_size) ** 2 + 1
-        return len(config.vision_prefix_token_ids) + num_patches + len(config.vision_suffix_token_ids) + num_voco_tokens
+        others = [*self.config.vision_prefix_token_ids, *self.config.vision_suffix_token_ids]
+        return count_vision_tokens(self.config) + len(others) + num_voco_tokens
 
     def _compress(self, pixel_values: Sequence[torch.Tensor], num_voco_tokens: int) -> torch.Tensor:
-        """Rows `(num_images, num_voco_tokens, width)`. Fewer are the first ones: causal attention never looks ahead."""
+        """Rows `(num_images, num_voco_tokens, width)`; of fewer they are the first, as attention is causal."""
         config, model, number = self.config, self.language_model.model, len(pixel_values)
         vision = self.get_vision_features(torch.stack(list(pixel_values)))
         prefix, suffix, voco = (
@@ -133,13 +131,13 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         return self.language_model.embed_input_ids(ids)
 
     def _own_heads(self, rows: torch.Tensor) -> torch.Tensor:
-        """Stored rows, of which the hidden state is unknown, with the heads that this rank has."""
+        """Stored rows with the heads that this rank has. Their hidden state is unknown, and is no number."""
         hidden_size = self.config.text_config.hidden_size
         by_head = rows.unflatten(1, (-1, self.num_total_heads, self.rows.width // self.num_heads))
         # Where there are fewer heads than ranks, neighbours share one
         first = get_tensor_model_parallel_rank() * self.num_total_heads // get_tensor_model_parallel_world_size()
         own = by_head[:, :, first : first + self.num_heads].flatten(1)
-        return torch.cat([own, own.new_zeros(len(own), hidden_size)], dim=1)
+        return torch.cat([own, own.new_full((len(own), hidden_size), torch.nan)], dim=1)
 
     def embed_input_ids(
         self,

@@ -152,7 +152,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
         return super().apply(inputs, timing_ctx)
 
     def _with_stored(self, inputs: ProcessorInputs, store: StoreReader, count: int, at_end: bool) -> ProcessorInputs:
-        """Images by the hash of their file, or named by it alone, as compressed images of the store if they are there."""
+        """Images that the store has, by the hash of their file, or named by it alone, as compressed ones."""
         items = inputs.mm_data_items["image"].get_all()
         names = list((inputs.mm_uuid_items or {}).get("image", [None] * len(items)))
         for index, item in enumerate(items):

@@ -66,10 +66,8 @@ class VoCoLlamaRenderer(HfRenderer):
         left = {name: value for name, value in prompt.items() if name not in ("multi_modal_data", "multi_modal_uuids")}
         expanded = {**left, "prompt_token_ids": ids}
         if order:
-            groups, names = {"image": images, "video": videos}, {}
-            for kind in groups:
-                given = uuids.get(kind)
-                names[kind] = [None] * len(groups[kind]) if given is None else list(given)
+            groups = {"image": images, "video": videos}
+            names = {kind: uuids.get(kind) or [None] * len(groups[kind]) for kind in groups}
             chosen = [(groups[kind][index], names[kind][index]) for kind, index in order]
             expanded["multi_modal_data"] = {"image": [item for group, _ in chosen for item in group]}
             expanded["multi_modal_uuids"] = {"image": list(chain.from_iterable(map(_names, chosen)))}
@@ -103,9 +101,8 @@ class VoCoLlamaRenderer(HfRenderer):
             size = len(groups[kind][order[-1][1]])
             parts += [text[last : match.start()], processor.image_token * size]
             last, total = match.end(), total + size
-        images_of = {"voco_cache": _single_tokens(total)} if order else {}
-        text = "".join([*parts, text[last:]])
-        return processor(text=text, add_special_tokens=add_special_tokens, **images_of)["input_ids"][0], order
+        text, cache = "".join([*parts, text[last:]]), _single_tokens(total) if order else None
+        return processor(text=text, voco_cache=cache, add_special_tokens=add_special_tokens)["input_ids"][0], order
 
     def _expand_ids(
         self, ids: Sequence[int], images: list[list], videos: list[list]
@@ -156,9 +153,8 @@ def as_items(data: Any) -> list[Any]:
         return []
     if isinstance(data, dict):
         raise ValueError("image_embeds must be one array, the bytes of a VoCoCache file, see image_part")
-    if isinstance(data, torch.Tensor) and data.dtype == torch.uint8 and data.ndim == 3 and data.shape[1] == 1:
-        return list(data)
-    return list(data) if isinstance(data, (list, tuple)) else [data]
+    files = isinstance(data, torch.Tensor) and data.dtype == torch.uint8 and data.ndim == 3 and data.shape[1] == 1
+    return list(data) if files or isinstance(data, (list, tuple)) else [data]
 
 
 def as_videos(data: Any) -> list[Any]:

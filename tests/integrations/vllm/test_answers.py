@@ -1,0 +1,37 @@
+"""vLLM answers as `generate` does, token for token."""
+
+import pytest
+from modeling.helpers import build_processor, tiny_config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SiglipVisionConfig
+
+
+pytest.importorskip("vllm")
+
+from integrations.vllm.engines import answer, for_vllm, random_images, random_prompts, reference, running, save_tiny
+
+
+# A head size that vLLM's attention has on CPUs
+TEXT = {"hidden_size": 128, "head_dim": 32}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}
+LENGTH = {"original_max_position_embeddings": 128}
+CONFIGS = {
+    "llama": tiny_config(LlamaConfig, text=TEXT),
+    "llama3": tiny_config(LlamaConfig, text={**TEXT, "rope_parameters": {**LLAMA3, **LENGTH}}),
+    "yarn": tiny_config(LlamaConfig, text={**TEXT, "rope_parameters": {**YARN, **LENGTH}}),
+    "mistral": tiny_config(MistralConfig, text={**TEXT, "sliding_window": 48}),
+    "qwen2": tiny_config(Qwen2Config, text=TEXT),
+    "qwen3": tiny_config(Qwen3Config, SiglipVisionConfig, TEXT, vision_feature_select_strategy="full"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_random_prompts(name, tmp_path):
+    """Chunked prefill in small pieces, with the prefix cache; asked again, everything is known."""
+    model, processor = save_tiny(tmp_path, CONFIGS[name]), build_processor()
+    prompts = random_prompts(16, random_images(4), max_k=40)
+    expected = [reference(model, processor, prompt) for prompt in prompts]
+    with running(tmp_path, max_num_batched_tokens=32, max_model_len=400) as engine:
+        for _ in range(2):
+            answers = answer(engine, [for_vllm(prompt) for prompt in prompts])
+            assert answers == expected
