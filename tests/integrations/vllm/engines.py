@@ -9,15 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from modeling.helpers import BOS, VOCO, build_processor, tiny_model
+from modeling.helpers import BOS, VOCAB_SIZE, build_processor, tiny_config, tiny_model
 from PIL import Image
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
 
 # Before vLLM is imported
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
+VOCO = 3  # in the tokenizer of `build_processor`
+# A head size that vLLM's attention has on CPUs
+TEXT = {"hidden_size": 128, "head_dim": 32}
 SMALL = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
 
 
@@ -35,6 +43,11 @@ def running(model: str | Path, **options: Any) -> Iterator[Any]:
         del engine
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def servable_config(*classes: type, text: dict[str, Any] | None = None, **overrides: Any) -> VoCoLlamaConfig:
+    """[`tiny_config`] that fits the tokenizer, and vLLM on CPUs."""
+    return tiny_config(*classes, text={**TEXT, **(text or {})}, voco_token_id=VOCO, **overrides)
 
 
 def save_tiny(folder: Path, config: VoCoLlamaConfig) -> VoCoLlamaForConditionalGeneration:
@@ -66,7 +79,7 @@ def random_prompts(number: int, images: list[Image.Image], max_k: int, seed: int
                 chosen.append(images[rng.integers(len(images))])
                 ids.append(VOCO)
             else:
-                ids += rng.integers(3, VOCO, rng.integers(1, 30)).tolist()
+                ids += rng.integers(VOCO + 1, VOCAB_SIZE, rng.integers(1, 30)).tolist()
         count = int(rng.integers(1, max_k + 1))
         prompts.append({"prompt_token_ids": ids, "images": chosen, "k": count})
     return prompts

@@ -1,27 +1,34 @@
 """vLLM answers as `generate` does, token for token."""
 
 import pytest
-from modeling.helpers import build_processor, tiny_config
+from modeling.helpers import build_processor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SiglipVisionConfig
 
 
 pytest.importorskip("vllm")
 
-from integrations.vllm.engines import answer, for_vllm, random_images, random_prompts, reference, running, save_tiny
+from integrations.vllm.engines import (
+    answer,
+    for_vllm,
+    random_images,
+    random_prompts,
+    reference,
+    running,
+    save_tiny,
+    servable_config,
+)
 
 
-# A head size that vLLM's attention has on CPUs
-TEXT = {"hidden_size": 128, "head_dim": 32}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}
 LENGTH = {"original_max_position_embeddings": 128}
 CONFIGS = {
-    "llama": tiny_config(LlamaConfig, text=TEXT),
-    "llama3": tiny_config(LlamaConfig, text={**TEXT, "rope_parameters": {**LLAMA3, **LENGTH}}),
-    "yarn": tiny_config(LlamaConfig, text={**TEXT, "rope_parameters": {**YARN, **LENGTH}}),
-    "mistral": tiny_config(MistralConfig, text={**TEXT, "sliding_window": 48}),
-    "qwen2": tiny_config(Qwen2Config, text=TEXT),
-    "qwen3": tiny_config(Qwen3Config, SiglipVisionConfig, TEXT, vision_feature_select_strategy="full"),
+    "llama": servable_config(LlamaConfig, tie_word_embeddings=True),
+    "llama3": servable_config(LlamaConfig, text={"rope_parameters": {**LLAMA3, **LENGTH}}),
+    "yarn": servable_config(LlamaConfig, text={"rope_parameters": {**YARN, **LENGTH}}),
+    "mistral": servable_config(MistralConfig, text={"sliding_window": 48}),
+    "qwen2": servable_config(Qwen2Config),
+    "qwen3": servable_config(Qwen3Config, SiglipVisionConfig, vision_feature_select_strategy="full"),
 }
 
 

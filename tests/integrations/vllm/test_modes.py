@@ -2,22 +2,31 @@
 
 import pytest
 import torch
-from modeling.helpers import build_processor, tiny_config
+from modeling.helpers import build_processor
 
 
 pytest.importorskip("vllm")
 
-from integrations.vllm.engines import answer, for_vllm, random_images, random_prompts, reference, running, save_tiny
+from integrations.vllm.engines import (
+    VOCO,
+    answer,
+    for_vllm,
+    random_images,
+    random_prompts,
+    reference,
+    running,
+    save_tiny,
+    servable_config,
+)
 
 
-TEXT = {"hidden_size": 128, "head_dim": 32}
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    return folder, save_tiny(folder, tiny_config(text=TEXT))
+    return folder, save_tiny(folder, servable_config())
 
 
 def test_an_image_is_compressed_once(checkpoint, monkeypatch):
@@ -34,7 +43,7 @@ def test_an_image_is_compressed_once(checkpoint, monkeypatch):
     folder, model = checkpoint
     processor, (image, other) = build_processor(), random_images(2)
     prompts = [
-        {"prompt_token_ids": [127, 127, *range(20, 20 + length)], "images": [image, other], "k": k}
+        {"prompt_token_ids": [VOCO, VOCO, *range(20, 20 + length)], "images": [image, other], "k": k}
         for length in (3, 9, 40)
         for k in (2, 5)
     ]
@@ -52,11 +61,11 @@ def test_compressed_images_in_pieces(checkpoint):
     from vllm import SamplingParams
 
     folder, model = checkpoint
-    pixels = torch.cat([build_processor()(images=image, return_tensors="pt")["pixel_values"] for image in random_images(9)])
+    pixels = build_processor()(images=random_images(9), return_tensors="pt")["pixel_values"]
     cache = model.compress(pixels, num_voco_tokens=7)
-    ids = torch.tensor([[*[127] * 63, 30, 31, 32]])
+    ids = torch.tensor([[*[VOCO] * 63, 30, 31, 32]])
     expected = model.generate(ids, voco_cache=cache, max_new_tokens=8, do_sample=False)[0, 66:].tolist()
-    prompt = {"prompt_token_ids": [127, 30, 31, 32], "multi_modal_data": {"image": cache}}
+    prompt = {"prompt_token_ids": [VOCO, 30, 31, 32], "multi_modal_data": {"image": cache}}
     with running(folder, max_model_len=256, max_num_batched_tokens=16) as engine:
         sampled = SamplingParams(temperature=1.0, top_p=0.9, top_k=5, max_tokens=8)
         assert len(engine.generate(prompt, sampled, use_tqdm=False)[0].outputs[0].token_ids) == 8
@@ -83,11 +92,11 @@ def test_other_ways_to_run(checkpoint, options):
     prompts = random_prompts(12, images, max_k=9, seed=1)
     expected = [reference(model, processor, prompt) for prompt in prompts]
     cache = model.compress(processor(images=images, return_tensors="pt")["pixel_values"], num_voco_tokens=4)
-    ids = torch.tensor([[*[127] * 12, 40, 41]])
+    ids = torch.tensor([[*[VOCO] * 12, 40, 41]])
     stored = model.generate(ids, voco_cache=cache, max_new_tokens=8, do_sample=False)[0, 14:].tolist()
     with running(folder, max_model_len=256, **options) as engine:
         assert answer(engine, [for_vllm(prompt) for prompt in prompts]) == expected
-        given = {"prompt_token_ids": [127, 40, 41], "multi_modal_data": {"image": cache}}
+        given = {"prompt_token_ids": [VOCO, 40, 41], "multi_modal_data": {"image": cache}}
         assert answer(engine, [given]) == [stored]
 
 
@@ -97,7 +106,7 @@ def test_encoder_cache_on_disk(checkpoint, tmp_path, monkeypatch):
     from voco_llama_hf.integrations.vllm.model import VoCoLlamaForConditionalGeneration
 
     folder, model = checkpoint
-    prompt = {"prompt_token_ids": [127, 50, 51], "images": random_images(1), "k": 6}
+    prompt = {"prompt_token_ids": [VOCO, 50, 51], "images": random_images(1), "k": 6}
     transfer = {
         "ec_connector": "ECExampleConnector",
         "ec_role": "ec_both",

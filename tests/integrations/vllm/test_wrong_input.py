@@ -3,19 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from modeling.helpers import tiny_config
 
 
 pytest.importorskip("vllm")
 
-from integrations.vllm.engines import answer, random_images, running, save_tiny
+from integrations.vllm.engines import answer, random_images, running, save_tiny, servable_config
 from PIL import Image
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.store import Content, VoCoStore, hash_file
 
 
-TEXT = {"hidden_size": 128, "head_dim": 32}
 QUESTION = "<image>\nWhat colour is the circle?\n"
 
 
@@ -167,7 +165,7 @@ def test_unknown_text_model(tmp_path):
     from transformers import Olmo2Config
     from vllm import EngineArgs
 
-    save_tiny(tmp_path, tiny_config(Olmo2Config, text=TEXT))
+    save_tiny(tmp_path, servable_config(Olmo2Config))
     with pytest.raises(ValueError, match="olmo2"):
         EngineArgs(model=str(tmp_path)).create_engine_config()
 

@@ -75,8 +75,14 @@ class VoCoLlamaProcessingInfo(BaseProcessingInfo):
     @cached_property
     def _hf_processor(self) -> VoCoLlamaProcessor:
         # With vLLM's tokenizer, which many threads may use
-        model = self.ctx.model_config
-        return VoCoLlamaProcessor.from_pretrained(model.model, revision=model.revision, tokenizer=self.ctx.tokenizer)
+        model, tokenizer = self.ctx.model_config, self.ctx.tokenizer
+        processor = VoCoLlamaProcessor.from_pretrained(model.model, revision=model.revision, tokenizer=tokenizer)
+        if processor.image_token_id != (expected := self.get_hf_config().voco_token_id):
+            raise ValueError(
+                f"{processor.voco_token} is token {processor.image_token_id} of the tokenizer, but voco_token_id is "
+                f"{expected}"
+            )
+        return processor
 
     def get_data_parser(self) -> MultiModalDataParser:
         return VoCoLlamaDataParser()
