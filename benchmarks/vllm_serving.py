@@ -191,9 +191,7 @@ async def ask(client: AsyncOpenAI, image: str, max_tokens: int) -> tuple[float, 
     return first if first is not None else time.perf_counter() - start, tokens
 
 
-async def load(
-    url: str, clients: int, images: list[str], max_tokens: int
-) -> tuple[list[tuple[float, int]], float]:
+async def load(url: str, clients: int, images: list[str], max_tokens: int) -> tuple[list[tuple[float, int]], float]:
     """Each client asks about the next image as soon as it has its answer."""
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600)
     waiting, answers = list(reversed(images)), []
@@ -269,7 +267,9 @@ def main(
         for name, command in started.items():
             console.print(f"starting {name}")
             urls[name] = stack.enter_context(serving(name, command, threads))
-        image = {name: {"tokens": image_tokens(url, known[0]), "block_size": block_size(url)} for name, url in urls.items()}
+        image = {
+            name: {"tokens": image_tokens(url, known[0]), "block_size": block_size(url)} for name, url in urls.items()
+        }
         for url in urls.values():
             asyncio.run(load(url, 1, known, max_tokens))
         for number in range(rounds):

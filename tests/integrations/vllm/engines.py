@@ -102,7 +102,10 @@ def answer(engine: Any, prompts: list[Any], max_tokens: int = 8) -> list[list[in
 
 
 def reference(
-    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, prompt: dict[str, Any], max_tokens: int = 8
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
+    prompt: dict[str, Any],
+    max_tokens: int = 8,
 ) -> list[int]:
     """What `generate` answers."""
     ids = [own for token in prompt["prompt_token_ids"] for own in [token] * (prompt["k"] if token == VOCO else 1)]

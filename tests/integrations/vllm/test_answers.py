@@ -19,7 +19,13 @@ from integrations.vllm.engines import (
 )
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}
 LENGTH = {"original_max_position_embeddings": 128}
 CONFIGS = {

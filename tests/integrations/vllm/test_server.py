@@ -34,11 +34,14 @@ def serving(*args: str) -> Iterator[str]:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", EMBEDDED_CHECKPOINT]
     small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "tiny"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port), *small, *args], env=environment
-    )
+    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port), *small, *args], env=environment)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:

@@ -151,6 +151,7 @@ def test_wrong_prompts(engine, embedded, store):
         ({"pipeline_parallel_size": 2}, "pipeline parallel"),
         ({"enable_lora": True}, "LoRA"),
         ({"enable_prompt_embeds": True}, "prompt-embeds"),
+        ({"enable_dbo": True, "ubatch_size": 2}, "divide the tokens"),
         ({"additional_config": {"voco_llama": {"stores": "photos"}}}, "stores"),
     ],
 )

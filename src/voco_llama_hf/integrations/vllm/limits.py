@@ -52,6 +52,11 @@ def check_serving(vllm_config: VllmConfig) -> None:
             "VoCo-LLaMA cannot run with pipeline parallelism: images are compressed by all layers before the first "
             "one runs. Use --tensor-parallel-size"
         )
+    if vllm_config.parallel_config.prefill_context_parallel_size > 1 or vllm_config.parallel_config.use_ubatching:
+        raise ValueError(
+            "VoCo-LLaMA cannot run with prefill context parallelism or dual batch overlap, which divide the tokens of "
+            "a step: those of images would be put in at wrong places"
+        )
     if vllm_config.lora_config is not None:
         raise ValueError(
             "VoCo-LLaMA cannot run with LoRA adapters in vLLM, which would not be applied to images while they are "

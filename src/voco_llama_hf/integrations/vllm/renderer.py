@@ -53,6 +53,8 @@ class VoCoLlamaRenderer(HfRenderer):
 
     def _expand(self, prompt: Any, params: TokenizeParams) -> Any:
         """A prompt with its tokens, in which images and videos are one list of images."""
+        if "prompt_embeds" in prompt:
+            raise ValueError("VoCo-LLaMA takes texts and tokens, no prompt_embeds: <voco> would not be seen in them")
         data, uuids = prompt.get("multi_modal_data") or {}, prompt.get("multi_modal_uuids") or {}
         if other := sorted(set(data) - {"image", "video"}):
             raise ValueError(f"VoCo-LLaMA takes images and videos, not {', '.join(other)}")
