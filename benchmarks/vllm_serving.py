@@ -38,6 +38,7 @@ from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaProcessor
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
@@ -106,6 +107,14 @@ def make_checkpoints(folder: Path, hidden_size: int, layers: int) -> tuple[Path,
     model.save_pretrained(voco)
     processor.save_pretrained(voco)
     as_llava(model, tokenizer.convert_tokens_to_ids("<image>")).save_pretrained(llava)
+    # vLLM knows the vision tower by the names of older versions of transformers
+    weights = load_file(llava / "model.safetensors")
+    tower = "vision_tower."
+    save_file(
+        {name.replace(tower, f"{tower}vision_model."): weight for name, weight in weights.items()},
+        llava / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     LlavaProcessor(
         processor.image_processor,
         tokenizer,

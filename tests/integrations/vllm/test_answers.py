@@ -19,19 +19,13 @@ from integrations.vllm.engines import (
 )
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}
-LENGTH = {"original_max_position_embeddings": 128}
+SCALED = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {**SCALED, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {**SCALED, "rope_type": "yarn"}
 CONFIGS = {
     "llama": servable_config(LlamaConfig, tie_word_embeddings=True),
-    "llama3": servable_config(LlamaConfig, text={"rope_parameters": {**LLAMA3, **LENGTH}}),
-    "yarn": servable_config(LlamaConfig, text={"rope_parameters": {**YARN, **LENGTH}}),
+    "llama3": servable_config(LlamaConfig, text={"rope_parameters": LLAMA3}),
+    "yarn": servable_config(LlamaConfig, text={"rope_parameters": YARN}),
     "mistral": servable_config(MistralConfig, text={"sliding_window": 48}),
     "qwen2": servable_config(Qwen2Config),
     "qwen3": servable_config(Qwen3Config, SiglipVisionConfig, vision_feature_select_strategy="full"),

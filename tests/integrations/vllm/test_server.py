@@ -1,5 +1,6 @@
 """The server that `vllm serve` starts, asked by the official client."""
 
+import base64
 import os
 import socket
 import subprocess
@@ -10,12 +11,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import openai
 import pytest
 import torch
 
 
 pytest.importorskip("vllm")
-openai = pytest.importorskip("openai")
 
 from integrations.vllm.engines import random_images
 
@@ -34,13 +35,9 @@ def serving(*args: str) -> Iterator[str]:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", EMBEDDED_CHECKPOINT]
     small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "tiny"]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    # Without what other tests here set for engines in this process
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port), *small, *args], env=environment)
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -86,8 +83,6 @@ def client(archive):
 
 
 def url_of(path) -> dict:
-    import base64
-
     content = base64.b64encode(path.read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
 

@@ -79,7 +79,6 @@ def test_videos_are_frames(engine, embedded):
 
 
 def test_compressed_images_are_answered_like_pixels(engine, embedded, store):
-    model, processor = embedded
     path, paths = store
     count = {"num_voco_tokens": 2}
     wanted = expected(embedded, QUESTION, paths[0], 2)
@@ -102,13 +101,11 @@ def test_compressed_images_are_answered_like_pixels(engine, embedded, store):
 
 
 def test_wrong_prompts(engine, embedded, store):
-    image = random_images(1, size=64)[0]
-    model, processor = embedded
+    image, processor = random_images(1, size=64)[0], embedded[1]
     with VoCoStore(store[0]) as opened:
         cache = opened.get(hash_file(store[1][0]))
+    other = VoCoLlamaForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT)
     with torch.no_grad():
-        other = VoCoLlamaForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT)
-        other.lm_head.weight.mul_(1)
         other.model.get_input_embeddings().weight[4] += 1
     alien = other.compress(processor(images=image, return_tensors="pt")["pixel_values"])
     pixels = {"image": image}

@@ -5,8 +5,10 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.multimodal.media import MediaWithBytes
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.utils.async_utils import make_async
@@ -155,8 +157,10 @@ def as_items(data: Any) -> list[Any]:
         return []
     if isinstance(data, dict):
         raise ValueError("image_embeds must be one array, the bytes of a VoCoCache file, see image_part")
-    files = isinstance(data, torch.Tensor) and data.dtype == torch.uint8 and data.ndim == 3 and data.shape[1] == 1
-    return list(data) if files or isinstance(data, (list, tuple)) else [data]
+    if isinstance(data, (list, tuple)):
+        return list(data)
+    are_files = isinstance(data, torch.Tensor) and data.dtype == torch.uint8 and data.ndim == 3 and data.shape[1] == 1
+    return [*data] if are_files else [data]
 
 
 def as_videos(data: Any) -> list[Any]:
@@ -168,7 +172,8 @@ def as_videos(data: Any) -> list[Any]:
 
 def frames_of(video: Any) -> list[Any]:
     frames = video[0] if isinstance(video, tuple) else video
-    frames = getattr(frames, "media", frames)
-    if getattr(frames, "ndim", 0) != 4 or len(frames) == 0:
+    if isinstance(frames, MediaWithBytes):
+        frames = frames.media
+    if not isinstance(frames, (np.ndarray, torch.Tensor)) or frames.ndim != 4 or len(frames) == 0:
         raise ValueError("a video is an array of frames (num_frames, height, width, 3)")
     return list(frames)
