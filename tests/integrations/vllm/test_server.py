@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import openai
 import pytest
@@ -123,6 +124,22 @@ def test_a_chat(client, embedded, archive):
     assert ask(client, "What is red?") == expected(embedded, None, "What is red?")
     one = {"mm_processor_kwargs": {"num_voco_tokens": 1}}
     assert ask(client, second, "Is it?", **one) == expected(embedded, archive[1][1], second, "Is it?", k=1)
+
+
+def test_a_video_is_its_frames(client):
+    film = Path(EMBEDDED_CHECKPOINT).parents[1] / "demo" / "examples" / "film.mp4"
+    content = base64.b64encode(film.read_bytes()).decode()
+    part = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{content}"}}
+    used = [
+        client.chat.completions.create(
+            model="tiny",
+            messages=messages(part, "What moves?"),
+            max_tokens=1,
+            extra_body={"media_io_kwargs": {"video": {"num_frames": number}}},
+        ).usage.prompt_tokens
+        for number in (2, 6)
+    ]
+    assert used[1] - used[0] == 4 * 2
 
 
 def test_compressed_images(client, embedded, archive):

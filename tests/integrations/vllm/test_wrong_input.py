@@ -159,6 +159,24 @@ def test_wrong_ways_to_start(options, message):
         EngineArgs(model=EMBEDDED_CHECKPOINT, **options).create_engine_config()
 
 
+def test_wrong_stores(embedded, tmp_path):
+    from voco_llama_hf.integrations.vllm.stored_images import ServedModel, StoreReader
+
+    class ModelConfig:
+        hf_config, model, revision, quantization = embedded[0].config, EMBEDDED_CHECKPOINT, None, None
+
+    served, processor = ServedModel(ModelConfig()), embedded[1]
+    with pytest.raises(FileNotFoundError):
+        StoreReader(str(tmp_path / "none"), served, processor)
+    fingerprint = embedded[0].fingerprint()
+    VoCoStore(tmp_path / "other", {**fingerprint, "head_dim": "65"}).close()
+    with pytest.raises(ValueError, match="head_dim is 65, not 64"):
+        StoreReader(str(tmp_path / "other"), served, processor)
+    ModelConfig.quantization = "fp8"
+    with pytest.raises(ValueError, match="quantization=fp8"):
+        served.check(None, processor, "this VoCoCache")
+
+
 def test_unknown_text_model(tmp_path):
     from transformers import Olmo2Config
     from vllm import EngineArgs

@@ -167,7 +167,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
             is_last = at_end and index == len(items) - 1
             if content_hash is None or (is_last and item is not None):
                 continue
-            if (stored := store.get(content_hash, count)) is not None:
+            if (stored := store.find(content_hash, count)) is not None:
                 items[index], names[index] = stored, None
         data, uuids = MultiModalDataItems(image=ImageItems(items)), {"image": names}
         return replace(inputs, mm_data_items=data, mm_uuid_items=uuids)

@@ -74,7 +74,7 @@ class VoCoLlamaRenderer(HfRenderer):
             names = {kind: uuids.get(kind) or [None] * len(groups[kind]) for kind in groups}
             chosen = [(groups[kind][index], names[kind][index]) for kind, index in order]
             expanded["multi_modal_data"] = {"image": [item for group, _ in chosen for item in group]}
-            expanded["multi_modal_uuids"] = {"image": list(chain.from_iterable(map(_names, chosen)))}
+            expanded["multi_modal_uuids"] = {"image": [name for own in chosen for name in _names(*own)]}
         return expanded
 
     def _images_of(self, item: Any) -> list[Any]:
@@ -138,11 +138,11 @@ def _with_parts(params: ChatParams) -> ChatParams:
     return replace(params, chat_template_content_format="openai")
 
 
-def _names(chosen: tuple[list, str | None]) -> list[str | None]:
-    group, name = chosen
-    if name is None or len(group) == 1:
-        return [name] * len(group)
-    return [f"{name}-{index}" for index in range(len(group))]
+def _names(group: list[Any], name: str | None) -> list[str | None]:
+    """Names of the images of a group. Compressed ones are known by their content, whatever a client calls them."""
+    if name is None or isinstance(group[0], VoCoCache):
+        return [None] * len(group)
+    return [name] if len(group) == 1 else [f"{name}-{index}" for index in range(len(group))]
 
 
 def _single_tokens(number: int) -> VoCoCache:

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import logging
 import os
+import sqlite3
 import tempfile
 import threading
 from functools import cached_property
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from ...modeling.cache_voco_llama import VoCoCache, check_cache
-from ...modeling.fingerprint_voco_llama import Fingerprint, with_images
+from ...modeling.fingerprint_voco_llama import Fingerprint, check_fingerprint, with_images
 from ...modeling.rotation_voco_llama import rotate_keys
 
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
     from ...modeling import VoCoLlamaProcessor
     from ...store import VoCoStore
+
+STORE_ERRORS = (OSError, ValueError, KeyError, sqlite3.Error)
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's own handler shows what is below `vllm`
 
 
 def image_part(cache: VoCoCache | str | os.PathLike) -> dict[str, Any]:
@@ -144,29 +150,36 @@ class StoreReader:
         path (`str`): Its folder.
         model ([`ServedModel`]): Who its images must be of.
         processor ([`VoCoLlamaProcessor`]): Processor of that model.
+
+    Raises:
+        FileNotFoundError: if there is no store.
+        ValueError: if it is damaged, or of another model.
     """
 
     def __init__(self, path: str, model: ServedModel, processor: "VoCoLlamaProcessor"):
-        self._path, self._model, self._processor = path, model, processor
+        self._path, self._model = path, model
         self._of_thread = threading.local()  # SQLite ties a connection to its thread
+        expected = model.fingerprint(processor)
+        check_fingerprint(self._store().fingerprint, expected, "the one that is served", f"the store {path}")
 
-    def get(self, content_hash: str, num_voco_tokens: int) -> VoCoCache | None:
-        """
-        An image by the SHA-256 of its file, if it is stored at this k.
-
-        Raises:
-            ValueError: if it is damaged, or the store is of another model.
-        """
-        store = self._store()
-        if not store.contains(content_hash, num_voco_tokens, sampling=""):
+    def find(self, content_hash: str, num_voco_tokens: int) -> VoCoCache | None:
+        """An image by the SHA-256 of its file, if it is stored at this k and can be read."""
+        try:
+            store = self._store()
+            if not store.contains(content_hash, num_voco_tokens, sampling=""):
+                return None
+            cache = store.get(content_hash, num_voco_tokens, sampling="")
+            check_cache(cache, self._model.config, what="the stored image")
+        except STORE_ERRORS as error:
+            logger.warning("an image cannot be read from the store %s: %s", self._path, error)
             return None
-        return store.get(content_hash, num_voco_tokens, sampling="")
+        return cache
 
     def _store(self) -> "VoCoStore":
         from ...store import VoCoStore
 
         if not hasattr(self._of_thread, "store"):
-            self._of_thread.store = VoCoStore(self._path, self._model.fingerprint(self._processor))
+            self._of_thread.store = VoCoStore(self._path)
         return self._of_thread.store
 
 
