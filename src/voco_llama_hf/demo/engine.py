@@ -244,7 +244,7 @@ class DemoEngine:
             # Read and made small outside of the thread that computes
             pixels = preprocess(self.processor, self._pictures(source) if pictures is None else pictures)
             pixels = pixels.to(self.model.dtype)
-            make = lambda: self.model.compress(pixels, num_voco_tokens, show_progress=False)  # noqa: E731
+            make = lambda: self.model.compress(pixels, num_voco_tokens, show_progress=False, exact=False)  # noqa: E731
         return self._worker.submit(self._remember, source.key, num_voco_tokens, make).result()
 
     def _remember(self, key: str, num_voco_tokens: int, make: Callable[[], VoCoCache]) -> tuple[VoCoCache, Spent]:
