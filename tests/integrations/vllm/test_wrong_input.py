@@ -149,6 +149,7 @@ def test_wrong_prompts(engine, embedded, store):
         ({"enable_lora": True}, "LoRA"),
         ({"enable_prompt_embeds": True}, "prompt-embeds"),
         ({"enable_dbo": True, "ubatch_size": 2}, "divide the tokens"),
+        ({"hf_overrides": {"image_grid_pinpoints": [[64, 128]]}}, "divide"),
         ({"additional_config": {"voco_llama": {"stores": "photos"}}}, "stores"),
     ],
 )

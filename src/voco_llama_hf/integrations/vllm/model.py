@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -18,11 +18,20 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from ...modeling.configuration_voco_llama import count_vision_tokens, key_value_shape
+from ...modeling.configuration_voco_llama import VoCoLlamaConfig, key_value_shape
 from ...modeling.modeling_voco_llama import VoCoLlamaModel
 from .injection import Recorder, Rows, inject
 from .limits import num_rows
 from .processing import VoCoLlamaDummyInputsBuilder, VoCoLlamaMultiModalProcessor, VoCoLlamaProcessingInfo
+
+
+class VisionSide(VoCoLlamaModel):
+    """Vision tower and projector of the model, as transformers has them, without a text model."""
+
+    def __init__(self, config: VoCoLlamaConfig):
+        super(LlavaModel, self).__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -43,8 +52,10 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
             "model.language_model.": "language_model.model.",
-            "model.vision_tower.": "vision_tower.",
-            "model.multi_modal_projector.": "multi_modal_projector.",
+            "model.vision_tower.": "vision.vision_tower.",
+            "model.multi_modal_projector.": "vision.multi_modal_projector.",
+            "vision_tower.": "vision.vision_tower.",
+            "multi_modal_projector.": "vision.multi_modal_projector.",
             "lm_head.": "language_model.lm_head.",
         }
     )
@@ -56,9 +67,8 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
-        text_config, dtype = self.config.text_config, vllm_config.model_config.dtype
-        self.vision_tower = AutoModel.from_config(self.config.vision_config, dtype=dtype)
-        self.multi_modal_projector = LlavaMultiModalProjector(self.config).to(dtype)
+        text_config = self.config.text_config
+        self.vision = VisionSide(self.config).to(vllm_config.model_config.dtype).eval()
         self.language_model = init_vllm_registered_model(
             vllm_config=vllm_config, hf_config=text_config, prefix=maybe_prefix(prefix, "language_model")
         )
@@ -69,8 +79,6 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
             num_rows(vllm_config), self.max_batch_tokens, self.num_heads * head_dim, layers, text_config.hidden_size
         )
         inject(self.language_model.model.layers, self.rows)
-
-    get_vision_features = VoCoLlamaModel.get_vision_features
 
     def embed_multimodal(
         self,
@@ -102,13 +110,15 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         return [found[i] for i in range(len(counts))]
 
     def _segment_length(self, num_voco_tokens: int) -> int:
+        vision = self.config.vision_config
         others = [*self.config.vision_prefix_token_ids, *self.config.vision_suffix_token_ids]
-        return count_vision_tokens(self.config) + len(others) + num_voco_tokens
+        # With the class token, which not every tower has
+        return (vision.image_size // vision.patch_size) ** 2 + 1 + len(others) + num_voco_tokens
 
     def _compress(self, pixel_values: Sequence[torch.Tensor], num_voco_tokens: int) -> torch.Tensor:
         """Rows `(num_images, num_voco_tokens, width)`; of fewer they are the first, as attention is causal."""
         config, model, number = self.config, self.language_model.model, len(pixel_values)
-        vision = self.get_vision_features(torch.stack(list(pixel_values)))
+        vision = self.vision.get_vision_features(torch.stack(list(pixel_values)))
         prefix, suffix, voco = (
             self._embed(ids).expand(number, -1, -1)
             for ids in (config.vision_prefix_token_ids, config.vision_suffix_token_ids, [config.voco_token_id])
@@ -169,8 +179,8 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
 
     def _name_tower(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Older classes of transformers have `vision_model.` in the names of a vision tower's weights."""
-        own = {name for name, _ in self.vision_tower.named_parameters(prefix="vision_tower")}
+        own = {name for name, _ in self.vision.named_parameters(prefix="vision")}
         for name, tensor in weights:
-            if name.startswith("vision_tower.") and name not in own:
+            if name.startswith("vision.") and name not in own:
                 name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
             yield name, tensor
