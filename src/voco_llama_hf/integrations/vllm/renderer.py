@@ -171,9 +171,10 @@ def as_videos(data: Any) -> list[Any]:
 
 
 def frames_of(video: Any) -> list[Any]:
-    frames = video[0] if isinstance(video, tuple) else video
-    if isinstance(frames, MediaWithBytes):
-        frames = frames.media
+    frames = video
+    # With the bytes of the file, with what is known of it, or with both, in either order
+    while isinstance(frames, (tuple, MediaWithBytes)):
+        frames = frames[0] if isinstance(frames, tuple) else frames.media
     if not isinstance(frames, (np.ndarray, torch.Tensor)) or frames.ndim != 4 or len(frames) == 0:
         raise ValueError("a video is an array of frames (num_frames, height, width, 3)")
     return list(frames)
