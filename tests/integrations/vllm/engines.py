@@ -50,10 +50,10 @@ def servable_config(*classes: type, text: dict[str, Any] | None = None, **overri
     return tiny_config(*classes, text={**TEXT, **(text or {})}, voco_token_id=VOCO, **overrides)
 
 
-def save_tiny(folder: Path, config: VoCoLlamaConfig) -> VoCoLlamaForConditionalGeneration:
+def save_tiny(folder: Path, config: VoCoLlamaConfig, **options: Any) -> VoCoLlamaForConditionalGeneration:
     """A random model with its processor, as a checkpoint."""
     model = tiny_model(config=config)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     processor = build_processor()
     size = config.vision_config.image_size
     processor.image_processor.size = {"height": size, "width": size}
