@@ -5,7 +5,7 @@ import torch
 from modeling.helpers import build_processor
 
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.version")  # `vllm` alone is this folder too
 
 from integrations.vllm.engines import (
     VOCO,
