@@ -72,8 +72,8 @@ def ask(
     check_video_extra(images)
     from voco_llama_hf.images import open_image
     from voco_llama_hf.modeling.cache_voco_llama import check_cache
-    from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
+    from voco_llama_hf.modeling.vision_voco_llama import count_vision_tokens
     from voco_llama_hf.prompts import (
         build_prompt,
         check_num_tokens,

@@ -50,8 +50,8 @@ def compress(
     from rich.progress import track
 
     from voco_llama_hf.modeling import VoCoCache
-    from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
+    from voco_llama_hf.modeling.vision_voco_llama import count_vision_tokens
 
     count = num_voco_tokens or processor.num_voco_tokens
     caches = []

@@ -8,7 +8,10 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
@@ -78,6 +81,34 @@ def tiny_model(seed: int = 0, config: VoCoLlamaConfig | None = None, **overrides
             parameter.copy_(noise + parameter if parameter.ndim == 1 else noise)
         model.lm_head.weight[VOCO] = 0
     return model.eval()
+
+
+GRID = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84], [84, 84]]
+# A model of each kind that divides images into tiles of 4 tokens
+TILED: dict[str, dict] = {
+    "llava_next": {"base_model_type": "llava_next", "image_grid_pinpoints": GRID},
+    "llava_onevision": {
+        "base_model_type": "llava_onevision",
+        "image_grid_pinpoints": [*GRID, [28, 28]],
+        "vision_aspect_ratio": "anyres_max_4",
+        "vision_class": SiglipVisionConfig,
+        "text_class": Qwen2Config,
+        "vision": {"vision_use_head": False},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+}
+
+
+def random_images(model: VoCoLlamaForConditionalGeneration, sizes: list[tuple[int, int]], seed: int = 0) -> dict:
+    """`pixel_values` and `image_sizes` of random images of these heights and widths, padded as processors do."""
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    side = config.vision_config.image_size
+    counts = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
+    pixels = torch.zeros(len(sizes), max(counts), 3, side, side)
+    for image, count in enumerate(counts):
+        pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def random_pixels(model: VoCoLlamaForConditionalGeneration, num_images: int, seed: int = 0) -> torch.Tensor:

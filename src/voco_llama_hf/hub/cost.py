@@ -8,7 +8,8 @@ from transformers import AutoModel
 from transformers.modeling_utils import set_zero3_state
 
 from ..modeling import VoCoLlamaConfig
-from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens, key_value_shape
+from ..modeling.configuration_voco_llama import cache_bytes, key_value_shape
+from ..modeling.vision_voco_llama import count_vision_tokens
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .compat_voco_llama import CACHE
 from .injection_voco_llama import CompressedImages, CompressionCache, InjectionCache, views_by_layer
 from .outputs_voco_llama import VoCoLlamaModelOutputWithPast
 from .runtime_voco_llama import hooked_device, is_compiled, layers_alike, without_checkpointing
+from .tiles_voco_llama import read_sizes
 
 
 if TYPE_CHECKING:
@@ -59,28 +60,50 @@ def compress_images(
     counts: list[int],
     batch_size: int,
     show_progress: bool = False,
+    image_sizes: torch.Tensor | None = None,
     **vision_options,
 ) -> list[torch.Tensor]:
     """
     First stage: keys at positions 0..k-1, values (both `(tokens, layers, key_value_heads, head_dim)`) and last hidden
     states `(tokens, hidden_size)` of the VoCo tokens of all images.
     """
-    starts = range(0, len(pixel_values), batch_size)
-    parts = [
-        _compress_batch(
-            model, pixel_values[start : start + batch_size], counts[start : start + batch_size], vision_options
-        )
-        for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1)
-    ]
-    return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts)]
+    order = list(range(len(counts)))
+    if image_sizes is not None:
+        sizes = read_sizes(image_sizes)
+        if len(sizes) != len(counts):
+            raise ValueError(f"image_sizes has {len(sizes)} sizes, but there are {len(counts)} images")
+        # Images of one size have as many tokens, and are compressed together
+        order.sort(key=lambda image: sizes[image])
+    starts = range(0, len(counts), batch_size)
+    parts = []
+    for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1):
+        images = order[start : start + batch_size]
+        if image_sizes is None:
+            vision = model.get_vision_features(pixel_values[start : start + batch_size], **vision_options)
+        else:
+            vision = model.get_vision_features(pixel_values[images], image_sizes[images], **vision_options)
+        parts.append(_compress_batch(model, vision, [counts[image] for image in images]))
+    return _in_order(parts, counts, order)
 
 
 def _compress_batch(
-    model: "VoCoLlamaCompressionMixin", pixel_values: torch.Tensor, counts: list[int], vision_options: dict[str, Any]
+    model: "VoCoLlamaCompressionMixin", vision: torch.Tensor | list[torch.Tensor], counts: list[int]
 ) -> list[torch.Tensor]:
+    """Segments of one length are compressed together, so that none is padded."""
+    if isinstance(vision, torch.Tensor):
+        return _compress_alike(model, vision, counts)
+    lengths = [len(tokens) for tokens in vision]
+    groups = [[image for image, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
+    parts = [
+        _compress_alike(model, torch.stack([vision[image] for image in images]), [counts[image] for image in images])
+        for images in groups
+    ]
+    return _in_order(parts, counts, [image for images in groups for image in images])
+
+
+def _compress_alike(model: "VoCoLlamaCompressionMixin", vision: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
     length = max(counts)
-    vision = model.get_vision_features(pixel_values, **vision_options)
     kept, hidden_states = compress_segments(model, vision, length)
     keys, values = (
         torch.stack([layer.transpose(1, 2).to(hidden_states.device) for layer in layers], dim=2)
@@ -91,6 +114,17 @@ def _compress_batch(
         return by_token
     wanted = [length * image + offset for image, count in enumerate(counts) for offset in range(count)]
     return [states[torch.tensor(wanted, device=states.device)] for states in by_token]
+
+
+def _in_order(parts: list[list[torch.Tensor]], counts: list[int], order: list[int]) -> list[torch.Tensor]:
+    """What parts hold of tokens, as one: of images that follow `order` there, and image after image here."""
+    joined = parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts)]
+    if order == sorted(order):
+        return joined
+    spans = torch.arange(sum(counts)).split([counts[image] for image in order])
+    places: dict[int, torch.Tensor] = dict(zip(order, spans))
+    wanted = torch.cat([places[image] for image in range(len(order))])
+    return [states[wanted.to(states.device)] for states in joined]
 
 
 def run_second_stage(

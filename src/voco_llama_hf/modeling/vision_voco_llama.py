@@ -1,0 +1,55 @@
+"""Which vision side a configuration names, and how many tokens it makes of an image."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .configuration_voco_llama import VoCoLlamaConfig
+from .llava_next_voco_llama import LlavaNextImages
+from .llava_onevision_voco_llama import LlavaOnevisionImages
+from .tiles_voco_llama import TiledImages, count_tiles
+
+
+# By `base_model_type`; all but that of LLaVA itself. A further one is a file like theirs, and a line here
+VISION_SIDES: dict[str, type[TiledImages]] = {"llava_next": LlavaNextImages, "llava_onevision": LlavaOnevisionImages}
+
+
+def count_vision_tokens(config: VoCoLlamaConfig, image_size: tuple[int, int] | None = None) -> int:
+    """
+    Vision tokens of an image, which its VoCo tokens stand for.
+
+    Args:
+        config ([`VoCoLlamaConfig`]):
+            Configuration of the model.
+        image_size (`tuple[int, int]`, *optional*):
+            Height and width of the image, where they decide on it. By default the most that an image has.
+    """
+    tokens = count_tile_tokens(config)
+    if config.base_model_type not in VISION_SIDES:
+        return tokens
+    grid: Any = config.image_grid_pinpoints
+    sizes = [tuple(size) for size in grid] if image_size is None else [image_size]
+    return max(_count_packed_tokens(config, tokens, size) for size in sizes)
+
+
+def count_tile_tokens(config: VoCoLlamaConfig) -> int:
+    """Vision tokens of one tile, or of an image that is not divided, without a newline."""
+    vision: Any = config.vision_config  # of whatever class the vision tower has
+    patches = (vision.image_size // vision.patch_size) ** 2
+    has_class_token = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
+    return patches + has_class_token
+
+
+def _count_packed_tokens(config: VoCoLlamaConfig, tokens: int, size: tuple[int, int]) -> int:
+    # The class of transformers packs shapes alone, and asks nothing of a model but its configuration
+    side, owner = VISION_SIDES[config.base_model_type], SimpleNamespace(config=config)
+    grid: Any = config.image_grid_pinpoints
+    vision: Any = config.vision_config
+    tiles = torch.empty(count_tiles(size, grid, vision.image_size), tokens, 1, device="meta")
+    newline = torch.empty(1, device="meta")
+    packed, _ = side.pack_image_features(owner, [tiles], [size], image_newline=newline, **side.pack_options(config))
+    return len(packed[0])
+
+
+__all__ = ["VISION_SIDES", "count_tile_tokens", "count_vision_tokens"]
