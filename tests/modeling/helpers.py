@@ -3,9 +3,12 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BaseImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -190,8 +193,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor() -> VoCoLlamaProcessor:
-    """A processor whose tokenizer knows bytes, adds a BOS token and has an id below `VOCAB_SIZE` for every token."""
+def build_processor(base_model_type: str = "llava") -> VoCoLlamaProcessor:
+    """
+    A processor for a model of this kind, whose tokenizer knows bytes, adds a BOS token and has an id below `VOCAB_SIZE`
+    for every token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -209,7 +215,14 @@ def build_processor() -> VoCoLlamaProcessor:
         additional_special_tokens=["<voco>"],
         padding_side="left",
     )
-    size = {"height": VISION["image_size"], "width": VISION["image_size"]}
-    return VoCoLlamaProcessor(
-        CLIPImageProcessorPil(size=size, do_center_crop=False), fast, chat_template=CHAT_TEMPLATE
-    )
+    side = VISION["image_size"]
+    size = {"height": side, "width": side}
+    if base_model_type == "llava":
+        images: BaseImageProcessor = CLIPImageProcessorPil(size=size, do_center_crop=False)
+    elif base_model_type == "llava_next":
+        grid = TILED[base_model_type]["image_grid_pinpoints"]
+        images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=size, image_grid_pinpoints=grid)
+    else:
+        grid = TILED[base_model_type]["image_grid_pinpoints"]
+        images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=grid)
+    return VoCoLlamaProcessor(images, fast, chat_template=CHAT_TEMPLATE)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .files_voco_llama import written_aside  # noqa: F401
     from .fingerprint_voco_llama import Fingerprint  # noqa: F401
     from .pipeline_voco_llama import register_pipeline  # noqa: F401
+    from .runtime_voco_llama import awake  # noqa: F401
+    from .tiles_voco_llama import TiledImages  # noqa: F401
     from .weights_voco_llama import EffectiveWeights  # noqa: F401
 
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping")
