@@ -195,7 +195,7 @@ CHAT_TEMPLATE = (
 
 def build_processor(base_model_type: str = "llava") -> VoCoLlamaProcessor:
     """
-    A processor for a model of this kind, whose tokenizer knows bytes, adds a BOS token and has an id below `VOCAB_SIZE`
+    A processor for a model of this kind. Its tokenizer knows bytes, adds a BOS token and has an id below `VOCAB_SIZE`
     for every token.
     """
     tokenizer = Tokenizer(models.BPE())

@@ -66,6 +66,11 @@ class ProcessorOptions:
     return_mm_token_type_ids: bool
     return_tensors: str | None
 
+    @property
+    def numbers(self) -> int | list[int] | None:
+        """VoCo tokens of every image, or of each, where a tile may be one."""
+        return self.num_voco_tokens if self.num_voco_tokens_per_tile is None else self.num_voco_tokens_per_tile
+
     @classmethod
     def sort(cls, kwargs: Mapping[str, Any], processor: "VoCoLlamaProcessor") -> "ProcessorOptions":
         """

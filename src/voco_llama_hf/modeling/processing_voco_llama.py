@@ -174,11 +174,11 @@ class VoCoLlamaProcessor(ProcessorMixin):
             pixels, numbers = self._process(pictures, are_frames, apart, **options.images)
             by_picture = iter(numbers)
             groups = [sum(islice(by_picture, size)) for size in groups]
-            counts = self._counts(options.num_voco_tokens_per_tile or options.num_voco_tokens, sum(numbers))
+            counts = self._counts(options.numbers, sum(numbers))
         elif images is not None or videos is not None:
             raise ValueError("pass images and videos either as they are or as a voco_cache, not both")
         else:
-            counts = voco_cache.resolve(options.num_voco_tokens_per_tile or options.num_voco_tokens)
+            counts = voco_cache.resolve(options.numbers)
             kinds = [str(match.lastgroup) for row in placeholders or [] for match in row]
             groups = group_cached(kinds, len(voco_cache), options.sampling.get("num_frames"), options.num_tiles)
         outputs: dict[str, Any] = {}
