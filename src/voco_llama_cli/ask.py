@@ -73,7 +73,6 @@ def ask(
     from voco_llama_hf.images import open_image
     from voco_llama_hf.modeling.cache_voco_llama import check_cache
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
-    from voco_llama_hf.modeling.vision_voco_llama import count_vision_tokens
     from voco_llama_hf.prompts import (
         build_prompt,
         check_num_tokens,
@@ -82,6 +81,7 @@ def ask(
         starts_with_bos,
     )
     from voco_llama_hf.videos import is_video
+    from voco_llama_hf.vision_tokens import count_vision_tokens
 
     from .loading import find_model, load_model
 

@@ -51,7 +51,7 @@ def compress(
 
     from voco_llama_hf.modeling import VoCoCache
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
-    from voco_llama_hf.modeling.vision_voco_llama import count_vision_tokens
+    from voco_llama_hf.vision_tokens import count_vision_tokens
 
     count = num_voco_tokens or processor.num_voco_tokens
     caches = []

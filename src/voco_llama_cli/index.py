@@ -89,7 +89,7 @@ def index(
     processes = Processes()
     network, processor = load_model(name, device or own_device(processes.local_rank, processes.number), dtype)
     from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
-    from voco_llama_hf.modeling.vision_voco_llama import count_vision_tokens
+    from voco_llama_hf.vision_tokens import count_vision_tokens
 
     sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps)
     count = num_voco_tokens or processor.num_voco_tokens

@@ -53,7 +53,6 @@ PARTS = (
     "tiles",
     "two_stages",
     "video",
-    "vision",
     "weights",
 )
 SHIPPED = {f"{name}_voco_llama.py" for name in PARTS}

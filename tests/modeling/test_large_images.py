@@ -18,7 +18,7 @@ from modeling.rows import layouts, logits_by_row, num_images
 
 from voco_llama_hf import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaModel
 from voco_llama_hf.modeling.tiles_voco_llama import FRAME, UNDIVIDED
-from voco_llama_hf.modeling.vision_voco_llama import count_vision_tokens
+from voco_llama_hf.vision_tokens import count_vision_tokens
 
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}

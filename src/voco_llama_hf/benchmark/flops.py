@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from ..modeling.configuration_voco_llama import cache_bytes
-from ..modeling.vision_voco_llama import count_vision_tokens
+from ..vision_tokens import count_vision_tokens
 from .presets import build_model
 from .question import FULL_CACHE, VOCO_CACHE, WAYS, Question, fresh, make_networks
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration
 from ..modeling.configuration_voco_llama import key_value_shape
-from ..modeling.vision_voco_llama import count_vision_tokens
+from ..vision_tokens import count_vision_tokens
 
 
 NO_CACHE, FULL_CACHE, VOCO_CACHE, LIMIT = "no cache", "full cache", "VoCo cache", "text only"

@@ -10,7 +10,7 @@ from transformers import CompileConfig
 
 from ..modeling import VoCoLlamaForConditionalGeneration
 from ..modeling.configuration_voco_llama import cache_bytes
-from ..modeling.vision_voco_llama import count_vision_tokens
+from ..vision_tokens import count_vision_tokens
 from .flops import run_bare_passes
 from .measure import (
     Timing,

@@ -18,7 +18,7 @@ NAMES = {
 }
 
 
-CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig, "llava_onevision": LlavaOnevisionConfig}
+CONFIGS: dict[str, Any] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig, "llava_onevision": LlavaOnevisionConfig}
 
 
 def read_llava_hf_checkpoint(source: Path, config: dict[str, Any], vision_tower: str | Path | None) -> Checkpoint:
@@ -31,8 +31,9 @@ def read_llava_hf_checkpoint(source: Path, config: dict[str, Any], vision_tower:
         )
     # Older versions of transformers wrote it down, and had no other way
     choose(config, "use_image_newline_parameter", {True: True}, True)
-    with as_value_error(f"{source / CONFIG_NAME} does not describe a model of type {model_type}"):
-        llava: Any = CONFIGS[model_type].from_dict(config)
+    config_class = CONFIGS[model_type]
+    with as_value_error(f"{source / CONFIG_NAME} does not describe a {config_class.__name__.removesuffix('Config')}"):
+        llava: Any = config_class.from_dict(config)
     return Checkpoint(
         source=source,
         source_format=llava.model_type,

@@ -9,7 +9,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from ..modeling import VoCoLlamaConfig
 from ..modeling.configuration_voco_llama import cache_bytes, key_value_shape
-from ..modeling.vision_voco_llama import count_vision_tokens
+from ..vision_tokens import count_vision_tokens
 
 
 @dataclass(frozen=True)

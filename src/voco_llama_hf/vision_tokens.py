@@ -1,18 +1,13 @@
-"""Which vision side a configuration names, and how many tokens it makes of an image."""
+"""How many vision tokens an image has, counted without a model."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from .configuration_voco_llama import VoCoLlamaConfig
-from .llava_next_voco_llama import LlavaNextImages
-from .llava_onevision_voco_llama import LlavaOnevisionImages
-from .tiles_voco_llama import TiledImages, count_tiles
-
-
-# By `base_model_type`; all but that of LLaVA itself. A further one is a file like theirs, and a line here
-VISION_SIDES: dict[str, type[TiledImages]] = {"llava_next": LlavaNextImages, "llava_onevision": LlavaOnevisionImages}
+from .modeling.configuration_voco_llama import VoCoLlamaConfig
+from .modeling.modeling_voco_llama import MODELS
+from .modeling.tiles_voco_llama import count_tiles
 
 
 def count_vision_tokens(config: VoCoLlamaConfig, image_size: tuple[int, int] | None = None) -> int:
@@ -26,7 +21,7 @@ def count_vision_tokens(config: VoCoLlamaConfig, image_size: tuple[int, int] | N
             Height and width of the image, where they decide on it. By default the most that an image has.
     """
     tokens = count_tile_tokens(config)
-    if config.base_model_type not in VISION_SIDES:
+    if config.base_model_type == "llava":
         return tokens
     grid: Any = config.image_grid_pinpoints
     sizes = [tuple(size) for size in grid] if image_size is None else [image_size]
@@ -43,7 +38,8 @@ def count_tile_tokens(config: VoCoLlamaConfig) -> int:
 
 def _count_packed_tokens(config: VoCoLlamaConfig, tokens: int, size: tuple[int, int]) -> int:
     # The class of transformers packs shapes alone, and asks nothing of a model but its configuration
-    side, owner = VISION_SIDES[config.base_model_type], SimpleNamespace(config=config)
+    side: Any = MODELS[config.base_model_type]
+    owner = SimpleNamespace(config=config)
     grid: Any = config.image_grid_pinpoints
     vision: Any = config.vision_config
     tiles = torch.empty(count_tiles(size, grid, vision.image_size), tokens, 1, device="meta")
@@ -52,4 +48,4 @@ def _count_packed_tokens(config: VoCoLlamaConfig, tokens: int, size: tuple[int, 
     return len(packed[0])
 
 
-__all__ = ["VISION_SIDES", "count_tile_tokens", "count_vision_tokens"]
+__all__ = ["count_tile_tokens", "count_vision_tokens"]
