@@ -20,12 +20,25 @@ def count_vision_tokens(config: VoCoLlamaConfig, image_size: tuple[int, int] | N
         image_size (`tuple[int, int]`, *optional*):
             Height and width of the image, where they decide on it. By default the most that an image has.
     """
-    tokens = count_tile_tokens(config)
     if config.base_model_type == "llava":
-        return tokens
+        return count_tile_tokens(config)
+    return _count_packed_tokens(config, largest_size(config) if image_size is None else image_size)
+
+
+def largest_size(config: VoCoLlamaConfig) -> tuple[int, int]:
+    """Height and width of the image that has the most vision tokens."""
+    vision: Any = config.vision_config
+    if config.base_model_type == "llava":
+        return vision.image_size, vision.image_size
     grid: Any = config.image_grid_pinpoints
-    sizes = [tuple(size) for size in grid] if image_size is None else [image_size]
-    return max(_count_packed_tokens(config, tokens, size) for size in sizes)
+    return max(((height, width) for height, width in grid), key=lambda size: _count_packed_tokens(config, size))
+
+
+def count_largest_tiles(config: VoCoLlamaConfig) -> int:
+    """Tiles of that image; one where images are not divided."""
+    vision: Any = config.vision_config
+    grid: Any = config.image_grid_pinpoints
+    return 1 if grid is None else count_tiles(largest_size(config), grid, vision.image_size)
 
 
 def count_tile_tokens(config: VoCoLlamaConfig) -> int:
@@ -36,16 +49,16 @@ def count_tile_tokens(config: VoCoLlamaConfig) -> int:
     return patches + has_class_token
 
 
-def _count_packed_tokens(config: VoCoLlamaConfig, tokens: int, size: tuple[int, int]) -> int:
+def _count_packed_tokens(config: VoCoLlamaConfig, size: tuple[int, int]) -> int:
     # The class of transformers packs shapes alone, and asks nothing of a model but its configuration
     side: Any = MODELS[config.base_model_type]
     owner = SimpleNamespace(config=config)
     grid: Any = config.image_grid_pinpoints
     vision: Any = config.vision_config
-    tiles = torch.empty(count_tiles(size, grid, vision.image_size), tokens, 1, device="meta")
+    tiles = torch.empty(count_tiles(size, grid, vision.image_size), count_tile_tokens(config), 1, device="meta")
     newline = torch.empty(1, device="meta")
     packed, _ = side.pack_image_features(owner, [tiles], [size], image_newline=newline, **side.pack_options(config))
     return len(packed[0])
 
 
-__all__ = ["count_tile_tokens", "count_vision_tokens"]
+__all__ = ["count_largest_tiles", "count_tile_tokens", "count_vision_tokens", "largest_size"]

@@ -18,7 +18,11 @@ NAMES = {
 }
 
 
-CONFIGS: dict[str, Any] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig, "llava_onevision": LlavaOnevisionConfig}
+CONFIGS: dict[str, Any] = {
+    "llava": LlavaConfig,
+    "llava_next": LlavaNextConfig,
+    "llava_onevision": LlavaOnevisionConfig,
+}
 
 
 def read_llava_hf_checkpoint(source: Path, config: dict[str, Any], vision_tower: str | Path | None) -> Checkpoint:
