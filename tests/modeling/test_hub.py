@@ -28,6 +28,7 @@ from voco_llama_hf.videos import read_frames
 
 PARTS = (
     "attention",
+    "batches",
     "cache",
     "compat",
     "compression",

@@ -3,19 +3,19 @@ The second way to compute: images are compressed first, each on its own under pl
 sequence runs with the keys and values of their VoCo tokens in its cache. For inference, and training where it fits.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from transformers import Cache, DynamicCache
-from transformers.utils import logging
 
 from .attention_voco_llama import Mask, create_ruled_mask, group_positions, text_group_function
+from .batches_voco_llama import compress_in_batches
 from .compat_voco_llama import CACHE
 from .injection_voco_llama import CompressedImages, CompressionCache, InjectionCache, views_by_layer
 from .outputs_voco_llama import VoCoLlamaModelOutputWithPast
 from .runtime_voco_llama import hooked_device, is_compiled, layers_alike, without_checkpointing
-from .tiles_voco_llama import read_sizes
 
 
 if TYPE_CHECKING:
@@ -67,38 +67,8 @@ def compress_images(
     First stage: keys at positions 0..k-1, values (both `(tokens, layers, key_value_heads, head_dim)`) and last hidden
     states `(tokens, hidden_size)` of the VoCo tokens of all images.
     """
-    order = list(range(len(counts)))
-    if image_sizes is not None:
-        sizes = read_sizes(image_sizes)
-        if len(sizes) != len(counts):
-            raise ValueError(f"image_sizes has {len(sizes)} sizes, but there are {len(counts)} images")
-        # Images of one size have as many tokens, and are compressed together
-        order.sort(key=lambda image: sizes[image])
-    starts = range(0, len(counts), batch_size)
-    parts = []
-    for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1):
-        images = order[start : start + batch_size]
-        if image_sizes is None:
-            vision = model.get_vision_features(pixel_values[start : start + batch_size], **vision_options)
-        else:
-            vision = model.get_vision_features(pixel_values[images], image_sizes[images], **vision_options)
-        parts.append(_compress_batch(model, vision, [counts[image] for image in images]))
-    return _in_order(parts, counts, order)
-
-
-def _compress_batch(
-    model: "VoCoLlamaCompressionMixin", vision: torch.Tensor | list[torch.Tensor], counts: list[int]
-) -> list[torch.Tensor]:
-    """Segments of one length are compressed together, so that none is padded."""
-    if isinstance(vision, torch.Tensor):
-        return _compress_alike(model, vision, counts)
-    lengths = [len(tokens) for tokens in vision]
-    groups = [[image for image, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
-    parts = [
-        _compress_alike(model, torch.stack([vision[image] for image in images]), [counts[image] for image in images])
-        for images in groups
-    ]
-    return _in_order(parts, counts, [image for images in groups for image in images])
+    read, compress = partial(model.get_vision_features, **vision_options), partial(_compress_alike, model)
+    return compress_in_batches(read, compress, pixel_values, image_sizes, counts, batch_size, show_progress)
 
 
 def _compress_alike(model: "VoCoLlamaCompressionMixin", vision: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
@@ -114,17 +84,6 @@ def _compress_alike(model: "VoCoLlamaCompressionMixin", vision: torch.Tensor, co
         return by_token
     wanted = [length * image + offset for image, count in enumerate(counts) for offset in range(count)]
     return [states[torch.tensor(wanted, device=states.device)] for states in by_token]
-
-
-def _in_order(parts: list[list[torch.Tensor]], counts: list[int], order: list[int]) -> list[torch.Tensor]:
-    """What parts hold of tokens, as one: of images that follow `order` there, and image after image here."""
-    joined = parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts)]
-    if order == sorted(order):
-        return joined
-    spans = torch.arange(sum(counts)).split([counts[image] for image in order])
-    places: dict[int, torch.Tensor] = dict(zip(order, spans))
-    wanted = torch.cat([places[image] for image in range(len(order))])
-    return [states[wanted.to(states.device)] for states in joined]
 
 
 def run_second_stage(
