@@ -35,7 +35,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
 from voco_llama_hf.export.exporter import PRECISIONS
-from voco_llama_hf.export.session import CUDA_PROVIDERS
+from voco_llama_hf.export.providers import CUDA_PROVIDERS
 
 
 # Text model and vision tower: hidden size, intermediate size, layers, heads, key-value heads; the tower is CLIP-L
@@ -88,6 +88,8 @@ def make_calls(model, batch_size: int, num_voco_tokens: int, text_tokens: int, n
 
 
 def compile_layers(model: VoCoLlamaForConditionalGeneration) -> VoCoLlamaForConditionalGeneration:
+    # A dynamic cache has each layer compiled for its number, and beyond 8 nothing would be
+    torch._dynamo.config.recompile_limit = 8 * len(model.model.language_model.layers)
     for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
         layer.compile(dynamic=True)
     return model

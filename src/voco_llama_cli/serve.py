@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -93,4 +94,7 @@ def serve(
     with listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
         typer.echo(f"{model_id} at http://{address}:{listener.getsockname()[1]}/v1")
+        # What is loaded stays: looking through it for garbage would stop every answer for a third of a second
+        gc.collect()
+        gc.freeze()
         build_server(app).run(sockets=[listener])

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 CALLS = (
     "write",
@@ -64,6 +66,7 @@ def _run(action: Callable[[], None], prepare: Callable[[], None], strace: list[s
     """Whether the process was killed before it was done."""
     if (pid := os.fork()) == 0:
         try:
+            torch.set_num_threads(1)  # the others have not come along, and OpenMP would wait for them
             prepare()
             action()
         except BaseException:

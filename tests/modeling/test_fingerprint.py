@@ -135,6 +135,18 @@ def test_questions_to_a_large_model_read_all_of_it_by_and_by():
     assert model.fingerprint(exact=False) != before
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_compress_without_reading_all_weights_notes_the_model_as_it_is(is_stream):
+    model = tiny_model()
+    pixels = random_pixels(model, 2)
+    given = [pixels] if is_stream else pixels
+    before = model.compress(given, 2, exact=False)
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.down_proj.weight.add_(1)
+    after = model.compress(given, 2, exact=False)
+    assert after.fingerprint == copy.deepcopy(model).fingerprint() != before.fingerprint
+
+
 def test_a_changed_frequency_of_the_rotation_is_seen():
     model, before = tiny_model(), tiny_model().fingerprint()
     model.model.language_model.rotary_emb.inv_freq.data[2] *= 1.1

@@ -14,7 +14,7 @@ from serving.conftest import MODEL, ask, asking_for_health, data_url, scene, ser
 from voco_llama_hf.prompts import build_prompt
 
 
-BUSY = 0.02  # seconds that an idle server takes at most where the machine is free and times mean something
+BUSY = 0.05  # seconds that an idle server takes at most where the machine is free and times mean something
 COLOURS = ["red", "green", "blue", "yellow"]
 QUESTIONS = "What colour is the circle?", "What digit is there?"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"

@@ -248,7 +248,7 @@ class DemoEngine:
             shown = self._pictures(source) if pictures is None else pictures
             pixels = preprocess(self.processor, shown, kind_of(source), self.model.dtype)
             make = lambda: self.model.compress(  # noqa: E731
-                **pixels, num_voco_tokens=num_voco_tokens, show_progress=False
+                **pixels, num_voco_tokens=num_voco_tokens, show_progress=False, exact=False
             )
         return self._worker.submit(self._remember, source.key, num_voco_tokens, make).result()
 

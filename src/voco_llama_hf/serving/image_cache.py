@@ -88,11 +88,8 @@ class ImageCache:
         if self._store_path is None:
             return
         try:
-            store = self._open_store(self._store_path)
             # What is there could not be read, and would be left as it is
-            if store.contains(content_hash, num_voco_tokens, IMAGE):
-                store.remove(content_hash, num_voco_tokens, IMAGE)
-            store.add([Content(content_hash)], [cache])
+            self._open_store(self._store_path).add([Content(content_hash)], [cache], replace=True)
         except STORE_ERRORS as error:
             self._warn_once("write to", error)
 

@@ -201,7 +201,9 @@ class Indexer:
         contents, pixels = zip(*self._images)
         self._images = []
         joined = join(pixels, self.model.dtype)
-        caches = self.model.compress(**joined, num_voco_tokens=self.num_voco_tokens, batch_size=self.batch_size)
+        caches = self.model.compress(
+            **joined, num_voco_tokens=self.num_voco_tokens, batch_size=self.batch_size, exact=False
+        )
         caches.fingerprint = self._note_images(caches.fingerprint)
         for content, cache in zip(contents, caches):
             self._entries.append((content, cache.to("cpu")))
@@ -213,7 +215,9 @@ class Indexer:
             pixels = (
                 batch.to(self.model.dtype) for batch in self.processor.iter_pixel_values(frames, self.batch_size)
             )
-            cache = self.model.compress(pixels, self.num_voco_tokens, self.batch_size, show_progress=False).to("cpu")
+            cache = self.model.compress(
+                pixels, self.num_voco_tokens, self.batch_size, show_progress=False, exact=False
+            ).to("cpu")
         except (OSError, ValueError) as error:
             return self._fail(content.source, str(error))
         self._known.add((content.content_hash, content.sampling))
