@@ -17,7 +17,7 @@ PIXELS = ("pixel_values", "image_sizes")
 
 
 def prepare(image_processor: "BaseImageProcessor", image: Any) -> dict[str, torch.Tensor]:
-    """What [`VoCoLlamaForConditionalGeneration.compress`] takes for one image."""
+    """What [`VoCoLlamaForConditionalGeneration.compress`] takes, for an image or a list of them."""
     made = image_processor(image, return_tensors="pt")
     return {name: made[name] for name in PIXELS if name in made}
 
@@ -39,6 +39,11 @@ def join(pictures: Sequence[dict[str, torch.Tensor]], dtype: torch.dtype) -> dic
     return {"pixel_values": torch.cat(padded).to(dtype), "image_sizes": sizes}
 
 
+def choose(pictures: dict[str, torch.Tensor], images: list[int]) -> dict[str, torch.Tensor]:
+    """Some images of a batch."""
+    return {name: tensor[images] for name, tensor in pictures.items()}
+
+
 def random_pictures(model: "VoCoLlamaForConditionalGeneration", num_images: int) -> dict[str, torch.Tensor]:
     """Random images of the size that has the most vision tokens."""
     config: Any = model.config
@@ -50,4 +55,4 @@ def random_pictures(model: "VoCoLlamaForConditionalGeneration", num_images: int)
     return {"pixel_values": tiles, "image_sizes": torch.tensor([largest_size(config)] * num_images)}
 
 
-__all__ = ["PIXELS", "join", "prepare", "random_pictures"]
+__all__ = ["PIXELS", "choose", "join", "prepare", "random_pictures"]

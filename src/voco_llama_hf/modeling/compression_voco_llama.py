@@ -81,16 +81,17 @@ class VoCoLlamaCompressionMixin:
             ValueError: if there is no image, or `num_voco_tokens` does not fit the images.
         """
         if num_voco_tokens_per_tile is not None:
-            grid = self.config.image_grid_pinpoints
-            is_divided = grid is not None and image_sizes is not None and isinstance(pixel_values, torch.Tensor)
-            if num_voco_tokens is not None or not is_divided:
+            if num_voco_tokens is not None or self.config.image_grid_pinpoints is None or image_sizes is None:
                 raise ValueError(
                     "num_voco_tokens_per_tile takes the place of num_voco_tokens, and needs pixel_values and "
                     "image_sizes of images that were divided into tiles"
                 )
-            pixel_values, image_sizes, _ = split_tiles(pixel_values, image_sizes, grid)  # type: ignore[arg-type]
+            tiles: Any = pixel_values
+            pixel_values, image_sizes, _ = split_tiles(tiles, image_sizes, self.config.image_grid_pinpoints)
             num_voco_tokens = num_voco_tokens_per_tile
         if not isinstance(pixel_values, torch.Tensor):
+            if image_sizes is not None:
+                raise ValueError("image_sizes are those of a tensor: an iterable is of frames, which are not divided")
             return self._compress_stream(pixel_values, num_voco_tokens, batch_size, show_progress, exact)
         fingerprint = self.fingerprint(exact)
         return self._compress_tensor(
