@@ -100,7 +100,7 @@ def uncompressed_reader(
 def causal_reader(
     model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixels: Pixels, k: int
 ) -> Reader:
-    """Reads images, of one size, from all vision tokens and `k` VoCo tokens behind, nothing hidden (paper, Table 1)."""
+    """Reads images of one size from all vision tokens and `k` VoCo tokens behind, nothing hidden (paper, Table 1)."""
     behind = processor.tokenizer.decode(model.config.vision_suffix_token_ids) + processor.voco_token * k
     return _llava_reader(model, processor, pixels, placeholder=processor.image_token, behind=behind)
 
