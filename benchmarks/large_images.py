@@ -38,7 +38,8 @@ def small() -> VoCoLlamaConfig:
     text = LlamaConfig(
         hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8, vocab_size=32064
     )
-    vision = CLIPVisionConfig(**{**CLIP_LARGE_336, "num_hidden_layers": 2})
+    small_tower = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 2}
+    vision = CLIPVisionConfig(**{**CLIP_LARGE_336, **small_tower})
     return VoCoLlamaConfig(text_config=text, vision_config=vision, base_model_type="llava_next")
 
 
