@@ -207,6 +207,25 @@ def test_frames_are_those_of_transformers():
     torch.testing.assert_close(found, theirs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TILED)
+@pytest.mark.parametrize("layer", [1, [1, -1]])
+def test_features_are_those_of_transformers_whatever_a_call_asks_for(kind, layer):
+    model, images = MODELS[kind], random_images(MODELS[kind], [(40, 90), (28, 28)])
+    if isinstance(layer, list):
+        model = tiny_model(**{**TILED[kind], "vision_feature_layer": layer})
+        layer = None
+    ours = model.get_image_features(**images, vision_feature_layer=layer, return_dict=True).pooler_output
+    theirs = (
+        stock_llava(model).get_image_features(**images, vision_feature_layer=layer, return_dict=True).pooler_output
+    )
+    for found, own, expected in zip(
+        model.model.get_vision_features(**images, vision_feature_layer=layer), ours, theirs
+    ):
+        torch.testing.assert_close(own, expected)
+        torch.testing.assert_close(found, expected)
+
+
 @random_batches
 @given(kinds, sizes)
 def test_tokens_are_counted_without_a_model(kind, size):
