@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-slow quality style docs dist check-dist train-tiny train-576 clean
+.PHONY: demo test test-matrix test-slow gpu quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -19,6 +19,11 @@ test-matrix:
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# All that needs a GPU, within 25 minutes of one: checks, and the figures that the documentation's tables are made from.
+# ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without a GPU
+gpu: $(VENV)/.installed-gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -64,4 +69,12 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+# What is for GPUs alone in place of what is for CPUs; without the last two their stages are skipped
+$(VENV)/.installed-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "onnxruntime-gpu>=1.31"
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check bitsandbytes
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed
 	@touch $@

@@ -6,6 +6,8 @@ All run the same weights in one process; calls alternate, and medians are compar
     python benchmarks/onnx_runtime.py --preset embedded
     python benchmarks/onnx_runtime.py --preset half-billion --output benchmarks/results/onnx_half_billion_cpu.json
     python benchmarks/onnx_runtime.py --preset 7b --provider CUDAExecutionProvider --precision fp16
+
+On a GPU the stage onnx_providers of `make gpu` runs it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from enum import Enum
 from pathlib import Path
@@ -34,12 +37,13 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 from voco_llama_hf.export import ORTVoCoLlamaForConditionalGeneration, export_onnx
-from voco_llama_hf.export.exporter import PRECISIONS
+from voco_llama_hf.export.exporter import PRECISIONS, ExportReport
 from voco_llama_hf.export.providers import CUDA_PROVIDERS
 
 
-# Text model and vision tower: hidden size, intermediate size, layers, heads, key-value heads; the tower is CLIP-L
+# Text model and vision tower, which is CLIP-L: hidden size, intermediate size, layers, heads, key-value heads
 PRESETS = {
+    "smallest": ((64, 128, 2, 2, 2), (64, 128, 2, 2)),
     "embedded": None,
     "half-billion": ((1024, 2816, 24, 16, 16), (1024, 4096, 24, 16)),
     "7b": ((4096, 11008, 32, 32, 32), (1024, 4096, 24, 16)),
@@ -95,6 +99,54 @@ def compile_layers(model: VoCoLlamaForConditionalGeneration) -> VoCoLlamaForCond
     return model
 
 
+@contextmanager
+def prepared(
+    preset: str,
+    precision: str,
+    provider: str,
+    fused: bool = True,
+    threads: int | None = None,
+    progress: Callable[[str], object] = print,
+) -> Iterator[tuple[dict, ExportReport]]:
+    """
+    The same weights in PyTorch and in ONNX Runtime, and how far the graphs are from PyTorch, which the export compares
+    them with.
+    """
+    device = "cuda" if provider in CUDA_PROVIDERS else "cpu"
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        model = build(preset, precision, device)
+        parity = export_onnx(
+            *(model, Path(folder) / "onnx"),
+            precision=precision,
+            provider=provider if fused else None,
+            progress=progress,
+        )
+        models = {
+            "eager": model,
+            "onnxruntime": ORTVoCoLlamaForConditionalGeneration.from_pretrained(
+                Path(folder) / "onnx", provider=provider, session_options=options
+            ),
+        }
+        yield models, parity
+
+
+def compare(
+    models: dict, batch_sizes: list[int], num_voco_tokens: int, text_tokens: int, new_tokens: int, rounds: int
+) -> list[dict]:
+    """Median seconds by batch size, task and variant."""
+    records = []
+    for batch_size in batch_sizes:
+        calls = {
+            variant: make_calls(model, batch_size, num_voco_tokens, text_tokens, new_tokens)
+            for variant, model in models.items()
+        }
+        records.append({"batch_size": batch_size, "seconds": measure(calls, rounds, new_tokens)})
+    return records
+
+
 def measure(calls: dict[str, dict[str, Call]], rounds: int, new_tokens: int) -> dict[str, dict[str, float]]:
     """Median seconds by task and variant; those of a token without the first."""
     seconds: dict[str, dict[str, list[float]]] = {task: {variant: [] for variant in calls} for task in TASKS}
@@ -133,31 +185,10 @@ def main(
     device = "cuda" if provider in CUDA_PROVIDERS else "cpu"
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    console, records = Console(width=120), []
-    with tempfile.TemporaryDirectory() as folder:
-        with console.status("Exporting") as status:
-            model = build(preset.value, precision.value, device)
-            export_onnx(
-                *(model, Path(folder) / "onnx"),
-                precision=precision.value,
-                provider=provider if fused else None,
-                progress=status.update,
-            )
-        models = {
-            "eager": model,
-            "compiled": compile_layers(build(preset.value, precision.value, device)),
-            "onnxruntime": ORTVoCoLlamaForConditionalGeneration.from_pretrained(
-                Path(folder) / "onnx", provider=provider, session_options=options
-            ),
-        }
-        for batch_size in batch_sizes:
-            calls = {
-                variant: make_calls(models[variant], batch_size, num_voco_tokens, text_tokens, new_tokens)
-                for variant in VARIANTS
-            }
-            records.append({"batch_size": batch_size, "seconds": measure(calls, rounds, new_tokens)})
+    console = Console(width=120)
+    with prepared(preset.value, precision.value, provider, fused, threads, console.print) as (models, _):
+        models["compiled"] = compile_layers(build(preset.value, precision.value, device))
+        records = compare(models, batch_sizes, num_voco_tokens, text_tokens, new_tokens, rounds)
 
     table = Table(title=f"{preset.value}, {precision.value}, {provider}, {threads} threads")
     for heading in ("batch", "task", *(f"{variant} ms" for variant in VARIANTS), "against eager", "against compiled"):

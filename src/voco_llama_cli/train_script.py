@@ -189,6 +189,11 @@ def find_checkpoint(config: VoCoSFTConfig) -> str | None:
 
 def main(args: list[str] | None = None) -> None:
     """Trains as the flags in `args` (by default those of the process) and the file behind `--config` say."""
+    train(args)
+
+
+def train(args: list[str] | None = None) -> VoCoSFTTrainer:
+    """[`main`], for who wants to look at the trainer afterwards."""
     data, config, model = make_parser().parse_args_and_config(args, fail_with_unknown_args=True)
     if model.model_name_or_path is None:
         raise ValueError("name the model to train with --model_name_or_path")
@@ -216,6 +221,7 @@ def main(args: list[str] | None = None) -> None:
     if config.push_to_hub:
         trainer.push_to_hub(**card)
     trainer.end()
+    return trainer
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def tiny_model(seed: int = 0, config: VoCoLlamaConfig | None = None, **overrides
     A random model of `tiny_config(**overrides)` whose outputs differ clearly between inputs. Norms and biases are
     random as well, so that none of them can be left out unnoticed. It hardly ever answers with a `<voco>` token.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VoCoLlamaForConditionalGeneration(tiny_config(**overrides) if config is None else config)
@@ -117,12 +117,13 @@ def random_images(model: VoCoLlamaForConditionalGeneration, sizes: list[tuple[in
 def random_pixels(model: VoCoLlamaForConditionalGeneration, num_images: int, seed: int = 0) -> torch.Tensor:
     """`(num_images, 3, height, width)` random images for `model`."""
     size = model.config.vision_config.image_size
-    return torch.randn(num_images, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return torch.randn(num_images, 3, size, size, generator=generator)
 
 
 def random_rows(layouts: list[list[str]], seed: int = 0) -> tuple[list[list[int]], list[int]]:
     """Token ids of each row and VoCo tokens of each image, see [`random_inputs`]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rows, counts = [], []
     for layout in layouts:
         row: list[int] = []

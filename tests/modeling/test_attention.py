@@ -21,7 +21,8 @@ SIZE = MODEL.config.vision_config.image_size
 
 
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(num_images, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return torch.randn(num_images, 3, SIZE, SIZE, generator=generator)
 
 
 random_layouts = settings(max_examples=20, deadline=None, derandomize=True)
@@ -98,7 +99,7 @@ def test_two_stages_under_autocast():
     """Keys and values have data types of their own there."""
     rows = [[[20, 21], Image(0, 2), [22, 23]], [Image(1, 1), [24]]]
     batch, images = short_batch(rows, MODEL.config, "right"), pixels(2)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         single, stages = (MODEL(**batch, pixel_values=images, use_cache=cache).logits for cache in (False, True))
         groups = torch.ones_like(batch["input_ids"]).masked_fill(batch["input_ids"] == MODEL.config.voco_token_id, 0)
         grouped = MODEL(**batch, pixel_values=images, text_groups=groups, two_stages=True, use_cache=False).logits
@@ -296,7 +297,7 @@ def test_torn_images_are_told_from_whole_ones(rows, data):
         if rest != [(row, column + n + 1) for n in range(len(rest))]
     ]
     mask = torch.tensor(rows)
-    for find in (lambda: find_starts(mask.numpy(), counts), lambda: VoCoRuns.find(mask, counts).starts):
+    for find in (lambda: find_starts(mask.cpu().numpy(), counts), lambda: VoCoRuns.find(mask, counts).starts):
         if torn:
             with pytest.raises(ValueError, match=f"image {torn[0]} is torn apart"):
                 find()

@@ -89,7 +89,7 @@ def test_progress_shows_above_one_batch(capsys):
 def test_save_and_load(cache, tmp_path):
     path = tmp_path / "scenes.safetensors"
     cache[1:4].save(path)
-    loaded = VoCoCache.load(path)
+    loaded = VoCoCache.load(path, cache.device)
     assert loaded.token_counts == [2, 3, 2] and loaded.fingerprint == cache.fingerprint
     assert torch.equal(loaded.keys, cache[1:4].keys) and torch.equal(loaded.values, cache[1:4].values)
     assert list(tmp_path.iterdir()) == [path]

@@ -501,7 +501,7 @@ def test_inputs_embeds(model, inputs, expected):
 
 def test_compressed_images_of_the_caller(model, inputs, expected):
     """What `get_compressed_images` returned may be passed to several calls, of `forward` as well."""
-    voco_mask = (inputs["input_ids"] == VOCO).numpy()
+    voco_mask = (inputs["input_ids"] == VOCO).cpu().numpy()
     with torch.no_grad():
         images = model.get_compressed_images(inputs["pixel_values"], None, inputs["num_voco_tokens"], voco_mask)
         rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}

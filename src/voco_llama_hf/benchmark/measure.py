@@ -69,14 +69,38 @@ def alternate(
 
 
 def kernel_seconds(call: Callable[[], object], device: torch.device) -> float | None:
-    """Time that the kernels of a call take on a GPU, from torch's profiler; `None` without a GPU."""
+    """
+    Time that the kernels of a call take on a GPU, from torch's profiler; `None` without a GPU, and where the driver
+    shows the profiler no kernels.
+    """
     if device.type != "cuda":
         return None
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    # Events of the host carry the time of the kernels that they launch once more
+    kernels = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in kernels) / 1e6 or None
+
+
+def event_seconds(call: Callable[[], object], device: torch.device, rounds: int = 5) -> float | None:
+    """
+    Time between two events on a GPU around a call, its waits for the host with it: the median; `None` without a GPU.
+    """
+    if device.type != "cuda":
+        return None
+    call()
+    milliseconds = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        milliseconds.append(start.elapsed_time(end))
+    return statistics.median(milliseconds) / 1e3
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:

@@ -16,6 +16,7 @@ from .flops import run_bare_passes
 from .measure import (
     Timing,
     alternate,
+    event_seconds,
     find_largest,
     free_bytes,
     kernel_seconds,
@@ -111,6 +112,7 @@ class Suite:
                 **self._settings(batch_size, way),
                 **timing_record(timing),
                 "kernel_seconds": kernel_seconds(calls[way], self.device),
+                "event_seconds": event_seconds(calls[way], self.device),
                 "peak_bytes": peak_bytes(calls[way], self.device),
             }
             for way, timing in timings.items()

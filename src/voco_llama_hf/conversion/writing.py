@@ -156,7 +156,10 @@ def write(
     """Writes everything into a folder next to `target`, which then takes its place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(target) as aside:
+        generation_config, model.generation_config = model.generation_config, GenerationConfig()
         # Shards of this size show progress while they are written
         model.save_pretrained(aside, max_shard_size="5GB")
+        # As it is: up to 5.22 transformers refuses to save what Vicuna has, a temperature without do_sample
+        generation_config.to_json_file(aside / GENERATION_CONFIG_NAME)
         if processor is not None:
             processor.save_pretrained(aside)

@@ -80,6 +80,7 @@ def measure(folder: Path, recipe: Recipe) -> dict[str, object]:
     """Results of a checkpoint on images and, if it was trained on some, on videos; draws them into its folder."""
     # What is measured is what is shipped, in the precision that is the same everywhere
     model = VoCoLlamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = VoCoLlamaProcessor.from_pretrained(folder)
     measured: dict[str, object] = {"num_parameters": model.num_parameters()}
     counts, canvas = recipe.token_counts, recipe.canvas

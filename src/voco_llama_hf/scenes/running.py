@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from ..training.checkpoints import last_checkpoint
 from .recipe import Recipe
 
 
@@ -59,8 +59,7 @@ def seconds_spent(log: list[dict[str, float]]) -> float:
 
 
 def run_phase(trainer: Trainer) -> list[dict[str, float]]:
-    """Trains, from the last checkpoint in the trainer's folder where there is one. Returns the log."""
-    folder = trainer.args.output_dir
+    """Trains, from the last whole checkpoint in the trainer's folder where there is one. Returns the log."""
     trainer.add_callback(Clock())
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
     return trainer.state.log_history
