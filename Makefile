@@ -2,10 +2,11 @@
 # (a CUDA build, a CPU build), as https://pytorch.org/get-started says.
 PYTHON ?= python3
 VENV ?= .venv
+LMMS_EVAL_VENV ?= .venv-lmms-eval
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix test-slow gpu quality style docs dist check-dist train-tiny train-576 clean
+.PHONY: demo test test-matrix test-slow test-ray test-lmms-eval gpu quality style docs dist check-dist train-tiny train-576 clean
 
 demo: $(VENV)/.installed
 	@VENV=$(VENV) examples/demo.sh
@@ -17,6 +18,10 @@ test: $(VENV)/.installed-dev
 test-matrix:
 	TORCH="$(TORCH)" OMP_NUM_THREADS=1 $(PYTHON) tests/matrix.py $(VERSIONS) $(if $(TESTS),--tests $(TESTS))
 
+# The integration in lmms-eval, in an environment of its own
+test-lmms-eval: $(LMMS_EVAL_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LMMS_EVAL_VENV)/bin/python -m pytest tests/integrations/lmms_eval
+
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
@@ -24,6 +29,13 @@ test-slow: $(VENV)/.installed-dev
 # ARGS="--stages question,decoding --model MODEL" chooses, ARGS=--dry-run is for machines without a GPU
 gpu: $(VENV)/.installed-gpu
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# Ray, and stores at S3, in an environment of their own
+test-ray: pyproject.toml
+	test -x .ray/bin/python || $(PYTHON) -m venv .ray
+	.ray/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.ray/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ray,test-ray]"
+	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/integrations/test_ray.py tests/store/test_remote.py
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -56,7 +68,7 @@ train-576: $(VENV)/.installed-dev
 	$(BIN)/python -m voco_llama_hf.scenes.tiny --recipe scenes-576 --no-compile
 
 clean:
-	rm -rf $(VENV) .matrix build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LMMS_EVAL_VENV) .matrix .ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +81,16 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+# PyPI's torchvision is built for CUDA: beside a CPU build of torch its import fails, and with it that of transformers,
+# which does without it. So do accelerate without timm, and lmms-eval, except for some of its own models.
+$(LMMS_EVAL_VENV)/.installed: pyproject.toml
+	test -x $(LMMS_EVAL_VENV)/bin/python || $(PYTHON) -m venv $(LMMS_EVAL_VENV)
+	$(LMMS_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(TORCH) --editable ".[lmms-eval,serve,test]"
+	$(LMMS_EVAL_VENV)/bin/python -c "import torchvision" 2> /dev/null \
+		|| $(LMMS_EVAL_VENV)/bin/python -m pip uninstall --quiet --yes timm torchvision
 	@touch $@
 
 # What is for GPUs alone in place of what is for CPUs; without the last two their stages are skipped

@@ -45,8 +45,10 @@ def ask(
         Path | None, typer.Option(help="Ask about the images in this file of `voco-llama compress` instead.")
     ] = None,
     store: Annotated[
-        Path | None,
-        typer.Option("--store", "-s", help="Ask about what is in this store of `voco-llama index`."),
+        str | None,
+        typer.Option(
+            "--store", "-s", metavar="STORE", help="Ask about what is in this store of `voco-llama index`, or its URL."
+        ),
     ] = None,
     names: Annotated[
         list[str] | None,
@@ -135,7 +137,7 @@ def ask(
         )
 
 
-def check_inputs(images: list[str], question: str, cache: Path | None, store: Path | None, names: list[str]) -> None:
+def check_inputs(images: list[str], question: str, cache: Path | None, store: str | None, names: list[str]) -> None:
     """
     Raises:
         UsageProblem: if images, question, cache and store do not make a question about images.
@@ -171,7 +173,7 @@ def from_file(path: Path) -> Asked:
     return Asked(cache, ["image"] * len(cache), [])
 
 
-def from_store(path: Path, names: list[str], num_voco_tokens: int | None) -> Asked:
+def from_store(path: str, names: list[str], num_voco_tokens: int | None) -> Asked:
     """
     Entries of a store.
 

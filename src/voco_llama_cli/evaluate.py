@@ -11,12 +11,14 @@ import typer
 from typer.core import TyperCommand
 
 from .errors import UsageProblem
+from .evaluate_lmms import LmmsSettings, check_lmms_options, evaluate_lmms
 from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
     ForceOption,
     ModelOption,
+    NumFramesOption,
     check_output,
     check_plot,
     check_train_extra,
@@ -48,6 +50,7 @@ class Suite(StrEnum):
     videos = "videos"
     retention = "retention"
     video_retention = "video-retention"
+    lmms = "lmms"
 
 
 TRAINS = (Suite.retention, Suite.video_retention)
@@ -56,7 +59,10 @@ DEFAULT_COUNTS = {
     Suite.videos: "2",
     Suite.retention: "1 2 4 8 16",
     Suite.video_retention: "1 2 8",
+    Suite.lmms: "1 2 8",
 }
+SCENES, BATCH_SIZE = 1000, 128
+LMMS_BATCH_SIZE = 16  # its images may be large, and its answers long
 
 
 class Evaluate(TyperCommand):
@@ -67,6 +73,14 @@ class Evaluate(TyperCommand):
 
 
 def evaluate(
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK]...",
+            help="Of lmms: tasks or groups of lmms-eval, as in pope; with the metric of the tables where it is not "
+            "the task's first, as in seedbench:seed_all.",
+        ),
+    ] = None,
     model: ModelOption = None,
     suite: Annotated[
         Suite,
@@ -74,7 +88,8 @@ def evaluate(
             help="scenes: how many questions about images a model answers right. videos: about short videos, with all "
             "frames, with one, and out of order. retention: what survives VoCo tokens, and other "
             "ways to shorten an image, all trained alike from one start: hours without a GPU. video-retention: "
-            "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID."
+            "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID. lmms: tasks of lmms-eval at "
+            "each number of VoCo tokens, uncompressed, and with the images of other questions."
         ),
     ] = Suite.scenes,
     split: Annotated[Split, typer.Option(help="Split of the scenes.")] = Split.test,
@@ -84,26 +99,44 @@ def evaluate(
             *NUMBERS_OPTIONS,
             metavar="K [K...]",
             help="Numbers of VoCo tokens to compare. By default 1 2 4 8, of videos 2, of retention 1 2 4 8 16, of "
-            "video-retention 1 2 8.",
+            "video-retention and lmms 1 2 8.",
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Scenes or videos to ask about.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 128,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Scenes or videos to ask about, by default 1000. Of lmms: questions of a task, by default all."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Questions answered at a time. By default 128, of lmms 16.")
+    ] = None,
     work_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Of retention and video-retention: folder of weights and answers; what is there is not made again. "
-            "By default in runs/, as the suite."
+            help="Of retention, video-retention and lmms: folder of weights and answers; what is there is not made "
+            "again. By default in runs/, as the suite."
         ),
     ] = None,
     steps: Annotated[
         int, typer.Option(min=1, help="Of both retentions: steps that everything is trained for.")
     ] = 1000,
     seeds: Annotated[int, typer.Option(min=1, help="Of both retentions: how often everything is trained.")] = 3,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Of lmms: folder of further tasks in lmms-eval's YAML format.")
+    ] = None,
+    upper_bound: Annotated[
+        str | None,
+        typer.Option(
+            help="Of lmms: model that was trained with VoCo tokens and nothing hidden. With it the bounds are those "
+            "of the paper's Table 1: what it answers, and what it answers from its VoCo tokens alone."
+        ),
+    ] = None,
+    num_frames: NumFramesOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="JSON file to write the results to; .md for the tables of both retentions."
+            "--output", "-o", help="JSON file to write the results to; .md for the tables of both retentions and lmms."
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw the results into (.png, .pdf, .svg).")] = None,
@@ -120,23 +153,46 @@ def evaluate(
     voco-llama evaluate --suite retention --output retention.json --plot retention.png
 
     voco-llama evaluate --suite video-retention --output videos.json --plot videos.png
+
+    voco-llama evaluate --suite lmms gqa pope mme -k 1 2 8 --output lmms.json --plot lmms.png
     """
-    check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
+    if suite is Suite.lmms:
+        check_lmms_options(tasks or [], include_path)
+    else:
+        check_no_lmms_options(suite, tasks, include_path, upper_bound, num_frames)
+        check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
     counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
     check_plot(plot)
+    folder = work_dir or Path("runs") / suite.value
+    if suite is Suite.lmms:
+        asking = LmmsSettings(limit, batch_size or LMMS_BATCH_SIZE, num_frames, include_path)
+        evaluate_lmms(tasks or [], model, upper_bound, counts, asking, folder, output, plot, device, dtype)
+        return
+    limit = limit or SCENES
     if suite not in TRAINS:
-        evaluate_model(suite, model, split.value, counts, limit, batch_size, output, plot, device, dtype)
+        size = batch_size or BATCH_SIZE
+        evaluate_model(suite, model, split.value, counts, limit, size, output, plot, device, dtype)
     else:
         if any(option is not None for option in (model, device, dtype)):
             raise UsageProblem(
                 f"--suite {suite} trains its own models: --model, --device and --dtype do not go with it"
             )
         compare = compare_compressors if suite is Suite.retention else compare_video_compressors
-        folder = work_dir or Path("runs") / suite.value
         compare(folder, steps, seeds, split.value, counts, limit, output, plot)
+
+
+def check_no_lmms_options(suite: Suite, tasks: list[str] | None, *options: object) -> None:
+    """
+    Raises:
+        UsageProblem: if something is given that belongs to another suite.
+    """
+    if tasks:
+        raise UsageProblem(f"unexpected extra argument {tasks[0]!r}: tasks go with --suite lmms")
+    if any(option is not None for option in options):
+        raise UsageProblem(f"--include-path, --upper-bound and --num-frames go with --suite lmms, not with {suite}")
 
 
 def check_counts(text: str) -> tuple[int, ...]:

@@ -23,6 +23,16 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    num_voco_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--num-voco-tokens",
+            "-k",
+            min=1,
+            max=576,
+            help="VoCo tokens of an image where a request does not say. By default the model's own number.",
+        ),
+    ] = None,
     model_id: Annotated[str | None, typer.Option(help="What clients call the model. By default its name.")] = None,
     store: Annotated[
         Path | None,
@@ -75,6 +85,7 @@ def serve(
     name = find_model(model)
     listen(host, port).close()  # an error before the model is loaded, not after
     network, processor = load_model(name, device, dtype)
+    processor.num_voco_tokens = num_voco_tokens or processor.num_voco_tokens
 
     from voco_llama_hf.serving import Limits, build_app, build_server
 

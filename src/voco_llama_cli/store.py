@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import UsageProblem, printable
-from .options import human_bytes, plural
+from .options import check_extra, human_bytes, plural
+
+
+if TYPE_CHECKING:
+    from voco_llama_hf.store import Entry
 
 
 store_app = typer.Typer(
     help="Look into a store of compressed images, check it, remove from it.", invoke_without_command=True
 )
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Folder of the store. A URL, as s3://bucket/photos.voco, is read only.")
+]
 
 
 @store_app.callback()
@@ -77,7 +84,7 @@ def verify(
         ):
             if problem is None:
                 continue
-            name = printable(", ".join(entry.sources) or entry.content_hash)
+            name = printable(name_of(entry))
             if isinstance(problem, DamagedError):
                 damaged.append(entry)
                 typer.echo(f"damaged: {name}: {printable(problem)}", err=True)
@@ -122,6 +129,72 @@ def compact(store: StoreArgument) -> None:
     with VoCoStore(store) as opened:
         freed = opened.compact()
     typer.echo(f"{store}: {human_bytes(max(freed, 0))} freed")
+
+
+@store_app.command()
+def export(
+    store: StoreArgument,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write, new or empty.")],
+) -> None:
+    """Write a store as Parquet files, which `datasets` reads: an archive as a data set of the Hub."""
+    check_extra("a Parquet file", "parquet", ["pyarrow"])
+    from voco_llama_hf.store import VoCoStore
+    from voco_llama_hf.store.parquet import export_parquet
+
+    with VoCoStore(store) as opened:
+        number = len(opened)
+        left_out = show_progress(
+            "Exporting", ((name_of(entry), problem) for entry, problem in export_parquet(opened, output)), number
+        )
+    written = sum(path.stat().st_size for path in (output / "data").iterdir())
+    typer.echo(f"{output}: {plural(number - left_out, 'entry', 'entries')}, {human_bytes(written)}")
+    if left_out:
+        raise typer.Exit(1)
+
+
+@store_app.command("import")
+def import_(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Parquet files, folders of them, or their URLs.")
+    ],
+    store: Annotated[Path, typer.Option("--store", "-s", help="Folder of the store, made if it is not there.")],
+    eight_bit: Annotated[
+        bool | None, typer.Option("--8bit/--no-8bit", help="Keep a new store in 8 bits.", show_default=False)
+    ] = None,
+) -> None:
+    """Put Parquet files of compressed images into a store; ends with exit code 1 if rows are left out."""
+    check_extra("a Parquet file", "parquet", ["pyarrow"])
+    if store.exists() and not store.is_dir():
+        raise UsageProblem(f"{store} is a file: --store takes a folder")
+    from voco_llama_hf.store import VoCoStore
+    from voco_llama_hf.store.parquet import import_parquet
+
+    left_out = show_progress("Importing", import_parquet(sources, store, eight_bit=eight_bit))
+    if (store / "index.sqlite").exists():
+        with VoCoStore(store) as opened:
+            typer.echo(f"{store}: {plural(len(opened), 'entry', 'entries')}, {human_bytes(opened.nbytes)}")
+    if left_out:
+        raise typer.Exit(1)
+
+
+def name_of(entry: Entry) -> str:
+    return ", ".join(entry.sources) or entry.content_hash
+
+
+def show_progress(what: str, results: Iterable[tuple[str, Exception | None]], number: int | None = None) -> int:
+    """Names what is left out, on stderr, and returns how many."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    left_out = 0
+    for name, problem in track(
+        results, what, number, console=console, transient=True, disable=not console.is_terminal
+    ):
+        if problem is not None:
+            left_out += 1
+            typer.echo(f"left out {printable(name)}: {printable(problem)}", err=True)
+    return left_out
 
 
 def find(store, name: str, num_voco_tokens: int | None = None) -> list:

@@ -77,7 +77,7 @@ def test_info(invoke, images, store):
 
 
 def test_help_lists_the_commands(invoke):
-    for command in ("info", "verify", "remove", "compact"):
+    for command in ("info", "verify", "remove", "compact", "export", "import"):
         assert f" {command} " in invoke("store").stdout
 
 
@@ -106,6 +106,36 @@ def test_verify(invoke, index, images, store):
     assert "1 damaged and removed" in invoke("store", "verify", store, "--remove-damaged").stdout
     index(images[0].parent, "--store", store, "-k", 2, "--num-frames", 4)
     assert "4 entries, 0 damaged" in invoke("store", "verify", store).stdout
+
+
+def test_export_and_import(invoke, ask, images, store, tmp_path):
+    pytest.importorskip("pyarrow")
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    assert f"{out}: 4 entries, " in invoke("store", "export", store, out).stdout
+    assert f"{copy}: 4 entries, " in invoke("store", "import", out, "--store", copy).stdout
+    name = images[1].name
+    assert ask("--store", copy, "-i", name, "What?").stdout == ask("--store", store, "-i", name, "What?").stdout
+    assert "already exists and is not empty" in invoke("store", "export", store, out, exit_code=1).stderr
+    result = invoke("store", "import", tmp_path / "none", "--store", tmp_path / "new", exit_code=1)
+    assert "No such file" in result.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_store_behind_a_url(invoke, ask, images, store):
+    url = f"file://{store}"
+    assert invoke("store", "info", url).stdout == invoke("store", "info", store).stdout.replace(str(store), url)
+    assert f"{url}: 4 entries, 0 damaged" in invoke("store", "verify", url).stdout
+    name = images[1].name
+    assert ask("--store", url, "-i", name, "What?").stdout == ask("--store", store, "-i", name, "What?").stdout
+    assert "can be read, but not written" in invoke("store", "remove", url, name, exit_code=1).stderr
+    assert "can be read, but not written" in invoke("store", "compact", url, exit_code=1).stderr
+
+
+def test_a_cluster_without_its_extra(index, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = index(tmp_path, "--store", tmp_path / "s", "--cluster", exit_code=2)
+    assert "pip install 'voco-llama-hf[ray]'" in result.stderr and not (tmp_path / "s").exists()
+    result = index("s3://bucket/photos", "--store", tmp_path / "s", exit_code=2)
+    assert "s3://bucket/photos is not a folder: --cluster reads it" in result.stderr
 
 
 @pytest.mark.parametrize(

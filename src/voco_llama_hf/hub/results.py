@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult
 
 TASK = "image-text-to-text"
 UNCOMPRESSED = "uncompressed"
+BLIND = "blind"
 SCENES, VIDEOS = "voco-scenes", "voco-scenes-videos"
 
 
@@ -96,16 +97,44 @@ def video_eval_results(results: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
+def lmms_eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    """
+    Figures of [`~voco_llama_hf.integrations.lmms_eval.results.LmmsResults`], given as JSON has them: the metric of
+    each task at each number of VoCo tokens, uncompressed and with images of other questions, and retention in percent.
+    Shares are as lmms-eval gives them, from 0 to 1. Bounds that another model gave are not this model's figures.
+    """
+    figures = []
+    for task, info in results["tasks"].items():
+        dataset = info["dataset"] or task
+
+        def figure(metric: str, value: float, k: int | None, dataset: str = dataset, info: dict = info) -> EvalResult:
+            return eval_result(dataset, metric, value, k, info["config"], info["split"])
+
+        for reading, scores in results["readings"].items():
+            value, k = scores["tasks"][task]["metrics"][info["metric"]], scores["num_voco_tokens"]
+            if k is not None and reading not in (results["upper"], results["lower"]):
+                figures.append(figure(info["metric"], value, k))
+                if results["retention"][reading][task] is not None:
+                    figures.append(figure("retention", 100 * results["retention"][reading][task], k))
+            elif reading == UNCOMPRESSED:
+                figures.append(figure(info["metric"], value, None))
+            elif reading == BLIND:
+                figures.append(figure(f"{info['metric']}_shuffled", value, None))
+    return figures
+
+
 def load_eval_results(path: Path) -> list[EvalResult]:
     """
-    Reads what `voco-llama evaluate --output` wrote of images or videos, or the `results.json` of the embedded
-    checkpoint, which has both.
+    Reads what `voco-llama evaluate --output` wrote of images, videos or tasks of lmms-eval, or the `results.json` of
+    the embedded checkpoint, which has images and videos.
 
     Raises:
         ValueError: if the file holds something else.
     """
     try:
         results = json.loads(path.read_text())
+        if results.get("suite") == "lmms":
+            return lmms_eval_results(results)
         if "num_clips" in results:
             return video_eval_results(results)
         videos = video_eval_results(results["videos"]) if "videos" in results else []
@@ -152,6 +181,7 @@ def format_value(value: object) -> str:
 
 __all__ = [
     "eval_result",
+    "lmms_eval_results",
     "load_eval_results",
     "merge_eval_results",
     "results_tables",

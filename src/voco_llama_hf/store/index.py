@@ -15,6 +15,7 @@ from typing import Any
 
 from .content import Content
 from .errors import DamagedError, NotWritableError, readable_errors
+from .places import SIDE_FILES
 from .shards import Record
 
 
@@ -22,7 +23,6 @@ VERSION = "2"
 UNMARKED_VERSION = "1"  # without the marks of its rows
 WAIT = 60  # seconds for another writer
 MAX_TEXT = 64_000_000  # bytes of a row
-SIDE_FILES = ("-journal", "-wal", "-shm")
 JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")  # at the end of a journal that names another file
 
 TABLES = """
@@ -109,6 +109,8 @@ class Index:
             The database.
         new (`dict[str, str]`, *optional*):
             What a new index is to say about itself.
+        obstacle (`str`, *optional*):
+            Why the store cannot be written although its index, a copy, can.
 
     Raises:
         DamagedError: if it is damaged, or is not an index of a store.
@@ -116,7 +118,7 @@ class Index:
         OSError: if it cannot be read or made.
     """
 
-    def __init__(self, path: Path, new: dict[str, str] | None = None):
+    def __init__(self, path: Path, new: dict[str, str] | None = None, obstacle: str | None = None):
         self.path = path
         self.obstacle = self._find_obstacle()
         check_files(path)
@@ -127,6 +129,7 @@ class Index:
             except BaseException:
                 self._db.close()
                 raise
+        self.obstacle = self.obstacle or obstacle
 
     def close(self) -> None:
         self._db.close()

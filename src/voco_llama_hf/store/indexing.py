@@ -53,11 +53,16 @@ class Indexed:
     error: str | None = None
 
 
-def find_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Images and videos in a folder and in those in it, by their suffix, and folders that cannot be read; in order."""
+def image_suffixes() -> set[str]:
+    """Endings of names of images, in small letters."""
     from PIL import Image
 
-    suffixes = Image.registered_extensions().keys() - {".pdf"}
+    return Image.registered_extensions().keys() - {".pdf"}
+
+
+def find_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Images and videos in a folder and in those in it, by their suffix, and folders that cannot be read; in order."""
+    suffixes = image_suffixes()
     closed: list[str] = []
     walk = os.walk(os.fspath(folder), onerror=lambda error: closed.append(os.path.abspath(error.filename)))
     files = (Path(root, name) for root, _, names in walk for name in names)

@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or `torchrun` started together, if any."""
+"""The processes that `voco-llama index --num-processes` starts together."""
 
 import os
 from datetime import timedelta

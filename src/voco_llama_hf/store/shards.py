@@ -18,6 +18,7 @@ from ..modeling.files_voco_llama import apply_umask, written_aside
 from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 from .errors import DamagedError
+from .places import ByteFile
 from .tensor_file import TensorFile
 
 
@@ -153,24 +154,26 @@ class Shard:
     """
     A shard opened for reading; tensors stay on the disk until they are asked for.
 
+    Args:
+        file (`ByteFile`): The file, which is closed with this.
+
     Raises:
-        FileNotFoundError: if there is no such file.
         DamagedError: if it is damaged or something else.
         OSError: if it cannot be read.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = TensorFile(path)
+    def __init__(self, file: ByteFile):
+        self.name = file.name
+        self._file = TensorFile(file)
         metadata, layout = self._file.metadata, self._file.layout
         with self._damaged():
             if metadata.get("format") != FORMAT or metadata.get("version") not in (VERSION, UNCHECKED_VERSION):
                 raise ValueError(f"it is not a shard of version {VERSION}")
-            _check_layout({name: (dtype, shape) for name, (dtype, shape, _, _) in layout.items()})
+            check_layout({name: (dtype, shape) for name, (dtype, shape, _, _) in layout.items()})
             tensors = {name: (str(dtype), list(shape)) for name, (dtype, shape, _, _) in layout.items()}
             if metadata["version"] == VERSION and metadata["sha256"] != _header_digest(metadata, tensors):
                 raise ValueError("its header does not match its checksum")
-            self.fingerprint = _texts(json.loads(metadata["fingerprint"]))
+            self.fingerprint = check_texts(json.loads(metadata["fingerprint"]))
             self.dtype = DTYPES[metadata["dtype"]]
             self.num_tokens = layout["keys"][1][0]
             self._records = metadata["records"]
@@ -180,7 +183,7 @@ class Shard:
         try:
             yield
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-            raise DamagedError(f"{self.path} is damaged: {error}") from error
+            raise DamagedError(f"{self.name} is damaged: {error}") from error
 
     def close(self) -> None:
         self._file.close()
@@ -197,20 +200,7 @@ class Shard:
 
     def _record(self, said: dict[str, Any]) -> Record:
         record = Record(**{**said, "content": Content(**said["content"])})
-        content = record.content
-        texts = (content.content_hash, content.sampling, content.source, record.sha256, record.added)
-        sizes = (content.size, record.first_token)
-        counts = (record.num_voco_tokens, record.num_images)
-        if not (
-            all(type(text) is str for text in texts)
-            and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-            and all(type(count) is int and 0 < count <= self.num_tokens for count in counts)
-            and type(content.mtime_ns) is int
-            and -(2**63) <= content.mtime_ns < 2**63
-            and isinstance(content.metadata, dict)
-            and record.first_token + record.num_tokens <= self.num_tokens
-        ):
-            raise ValueError("an entry does not fit its tensors")
+        check_record(record, self.num_tokens)
         return record
 
     def tensors(self, first_token: int, num_tokens: int, sha256: str) -> Tensors:
@@ -221,28 +211,58 @@ class Shard:
             DamagedError: if they do not match their checksum.
             OSError: if they cannot be read.
         """
-        names = [name for name in TENSORS if name in self._file.layout]
-        tensors = {name: self._file.rows(name, first_token, num_tokens) for name in names}
+        tensors = self._file.rows([name for name in TENSORS if name in self._file.layout], first_token, num_tokens)
         if digest(*tensors.values()) != sha256:
-            raise DamagedError(f"{self.path} is damaged: an entry does not match its checksum")
+            raise DamagedError(f"{self.name} is damaged: an entry does not match its checksum")
         return tensors
 
     def read(self, first_token: int, num_images: int, num_voco_tokens: int, sha256: str) -> VoCoCache:
         """An entry as a cache, in the dtype that it was compressed in."""
         tensors = self.tensors(first_token, num_images * num_voco_tokens, sha256)
         with self._damaged():
-            keys, values = tensors["keys"], tensors["values"]
-            if "key_scales" in tensors:
-                keys = dequantize(keys, tensors["key_scales"], self.dtype)
-                values = dequantize(values, tensors["value_scales"], self.dtype)
-            elif keys.dtype != self.dtype:
-                raise ValueError(f"its keys are {keys.dtype}, not {self.dtype}")
-            cache = VoCoCache(keys, values, [num_voco_tokens] * num_images, self.fingerprint)
-            check_cache(cache, what="an entry")
-            return cache
+            return unpack(tensors, self.dtype, [num_voco_tokens] * num_images, self.fingerprint)
 
 
-def _check_layout(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+def unpack(tensors: Tensors, dtype: torch.dtype, token_counts: list[int], fingerprint: dict[str, str]) -> VoCoCache:
+    """
+    What [`pack`] was given.
+
+    Raises:
+        ValueError: if it is no sound cache.
+    """
+    keys, values = tensors["keys"], tensors["values"]
+    if "key_scales" in tensors:
+        keys = dequantize(keys, tensors["key_scales"], dtype)
+        values = dequantize(values, tensors["value_scales"], dtype)
+    elif keys.dtype != dtype:
+        raise ValueError(f"its keys are {keys.dtype}, not {dtype}")
+    cache = VoCoCache(keys, values, token_counts, fingerprint)
+    check_cache(cache, what="an entry")
+    return cache
+
+
+def check_record(record: Record, num_tokens: int) -> None:
+    """
+    Raises:
+        ValueError: if something in it is of another type than is said, or it does not fit so many tokens.
+    """
+    content = record.content
+    texts = (content.content_hash, content.sampling, content.source, record.sha256, record.added)
+    sizes = (content.size, record.first_token)
+    counts = (record.num_voco_tokens, record.num_images)
+    if not (
+        all(type(text) is str for text in texts)
+        and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+        and all(type(count) is int and 0 < count <= num_tokens for count in counts)
+        and type(content.mtime_ns) is int
+        and -(2**63) <= content.mtime_ns < 2**63
+        and isinstance(content.metadata, dict)
+        and record.first_token + record.num_tokens <= num_tokens
+    ):
+        raise ValueError("an entry does not fit its tensors")
+
+
+def check_layout(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
     """Keys and values of one shape and dtype, and in 8 bits a scale for every head of every token."""
     dtype, shape = layout["keys"]
     expected = {"keys": (dtype, shape), "values": (dtype, shape)}
@@ -252,7 +272,7 @@ def _check_layout(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> Non
         raise ValueError("its tensors are not those of a shard")
 
 
-def _texts(said: object) -> dict[str, str]:
+def check_texts(said: object) -> dict[str, str]:
     if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
         raise ValueError("its fingerprint is no object of texts")
     return said

@@ -1,36 +1,38 @@
 """`VoCoStore`: a folder of shards and an index of what is in them."""
 
+import dataclasses
 import json
 import logging
 import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..files import inside, remove_abandoned
-from ..modeling.cache_voco_llama import VoCoCache
+from ..modeling.cache_voco_llama import VoCoCache, digest
 from ..modeling.fingerprint_voco_llama import check_fingerprint
 from .content import Content
 from .errors import DamagedError
 from .index import DamagedRow, Index, Row
-from .shards import ASIDE, Record, Shard, save_shard, single_k, write_shard
+from .places import INDEX, SHARDS, LocalPlace, Place, RemotePlace, is_url
+from .rows import Packed
+from .shards import ASIDE, Record, Shard, pack, save_shard, single_k, write_shard
 
 
-INDEX, SHARDS = "index.sqlite", "shards"
 COMPACT_TOKENS = 4_096  # VoCo tokens that a shard of compact has at least
 HASH_DIGITS = 8  # of a hash that make a name
-OPEN_SHARDS = 8  # shards that stay open for the next entry
 OLD_PARTS = re.compile(r"[0-9a-f]{32}\.part|\.tmp\w{6}")  # what killed writers of the first version left
 PART_SECONDS = 3_600  # without a change, after which nobody is writing these any more
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -74,12 +76,15 @@ class VoCoStore:
 
     Args:
         path (`str` or `os.PathLike`):
-            The folder. It is made if `fingerprint` says for which model.
+            The folder. It is made if `fingerprint` says for which model. A URL of fsspec, as in
+            `"s3://bucket/photos.voco"`, is read only: the index is fetched once, shards by range.
         fingerprint (`dict[str, str]`, *optional*):
             `model.fingerprint()` of the model that the entries are to be used with.
         eight_bit (`bool`, *optional*):
             Whether a new store keeps keys and values in 8 bits, with a scale for every head of every token: half the
             bytes of 16 bits.
+        storage_options (`dict`, *optional*):
+            What the file system of a URL takes, as keys and an endpoint.
 
     Raises:
         FileNotFoundError: if there is no store and no `fingerprint` to make one.
@@ -98,22 +103,25 @@ class VoCoStore:
     ```"""
 
     def __init__(
-        self, path: str | os.PathLike, fingerprint: dict[str, str] | None = None, eight_bit: bool | None = None
+        self,
+        path: str | os.PathLike,
+        fingerprint: dict[str, str] | None = None,
+        eight_bit: bool | None = None,
+        storage_options: dict[str, Any] | None = None,
     ):
-        self.path = Path(path)
-        self.shards = self.path / SHARDS
         self._open_shards: OrderedDict[str, tuple[tuple, Shard]] = OrderedDict()
         self.left_out: dict[str, str] = {}
-        about = None
-        if fingerprint is not None:
-            about = {"fingerprint": json.dumps(fingerprint), "eight_bit": json.dumps(bool(eight_bit))}
-        if not os.path.lexists(self.path / INDEX):
-            if fingerprint is None:
-                raise FileNotFoundError(f"no VoCoStore at {self.path}")
-            self.shards.mkdir(parents=True, exist_ok=True)
-        if self.shards.is_symlink():
-            raise DamagedError(f"{self.shards} is a link, not a folder")
-        self._index = Index(self.path / INDEX, about)
+        self.path: Path | str
+        self._place: Place
+        if is_url(path):
+            self._place = place = RemotePlace(str(path), storage_options)
+            self.path = place.url
+            self._index = self._open_remote(place)
+        else:
+            self.path = Path(path)
+            self.shards = self.path / SHARDS
+            self._place = LocalPlace(self.shards)
+            self._index = self._open_local(self.path, fingerprint, eight_bit)
         try:
             self.fingerprint, self.eight_bit = self._read_about()
             if fingerprint is not None:
@@ -130,6 +138,26 @@ class VoCoStore:
             self.close()
             raise
 
+    def _open_local(self, path: Path, fingerprint: dict[str, str] | None, eight_bit: bool | None) -> Index:
+        about = None
+        if fingerprint is not None:
+            about = {"fingerprint": json.dumps(fingerprint), "eight_bit": json.dumps(bool(eight_bit))}
+        if not os.path.lexists(path / INDEX):
+            if fingerprint is None:
+                raise FileNotFoundError(f"no VoCoStore at {path}")
+            self.shards.mkdir(parents=True, exist_ok=True)
+        if self.shards.is_symlink():
+            raise DamagedError(f"{self.shards} is a link, not a folder")
+        return Index(path / INDEX, about)
+
+    @staticmethod
+    def _open_remote(place: RemotePlace) -> Index:
+        try:
+            return Index(place.fetch_index(), obstacle=f"{place.url} is not a folder of this machine")
+        except BaseException:
+            place.close()
+            raise
+
     def _read_about(self) -> tuple[dict[str, str], bool]:
         try:
             fingerprint = json.loads(self._index.about["fingerprint"])
@@ -139,12 +167,13 @@ class VoCoStore:
             if not isinstance(eight_bit, bool):
                 raise ValueError(f"eight_bit is {eight_bit!r:.40}")
         except (KeyError, ValueError, RecursionError) as error:
-            raise DamagedError(f"{self.path / INDEX} is damaged: {error}") from error
+            raise DamagedError(f"{self.path}/{INDEX} is damaged: {error}") from error
         return fingerprint, eight_bit
 
     def close(self) -> None:
         self._index.close()
         self._close_shards(list(self._open_shards))
+        self._place.close()
 
     def __enter__(self) -> "VoCoStore":
         return self
@@ -196,7 +225,7 @@ class VoCoStore:
             raise ValueError(f"{content_hash} is stored more than once: say which of {found}")
         if not rows:
             raise KeyError(f"{content_hash} is not in the store {self.path}")
-        return self._read(rows[0])
+        return self._read(rows[0], self._read_row)
 
     def find(self, name: str) -> list[Entry]:
         """
@@ -233,8 +262,7 @@ class VoCoStore:
     @property
     def nbytes(self) -> int:
         """Bytes that the shards take on the disk, with what killed writers have left until the next one comes."""
-        files = (Path(folder, name) for folder, _, names in os.walk(self.shards) for name in names)
-        return sum(path.lstat().st_size for path in files)
+        return self._place.nbytes()
 
     # Writing
 
@@ -277,12 +305,55 @@ class VoCoStore:
             self._index.record(contents)
         return len(new)
 
+    def add_packed(self, entries: Sequence[Packed], replace: bool = False) -> int:
+        """
+        Stores entries as another store has them, in 8 bits or not as this one keeps them, with [`VoCoStore.add`]'s
+        promises.
+
+        Returns:
+            `int`: How many are new.
+        """
+        for entry in entries:
+            check_fingerprint(entry.fingerprint, self.fingerprint, f"the store {self.path}")
+        contents = [
+            dataclasses.replace(entry.record.content, source=source) for entry in entries for source in entry.sources
+        ]
+        with self._write():
+            new: dict[tuple, Packed] = {}
+            for entry in entries:
+                content, k = entry.record.content, entry.record.num_voco_tokens
+                key = content.content_hash, k, content.sampling
+                if replace or not self.contains(*key):
+                    new.setdefault(key, self._repacked(entry))
+            for key in new:
+                self._index.delete(*key)
+            for dtype in dict.fromkeys(entry.dtype for entry in new.values()):
+                self._insert_packed([entry for entry in new.values() if entry.dtype == dtype], dtype)
+            self._index.drop_empty_shards()
+            self._index.record(contents)
+        return len(new)
+
+    def _repacked(self, entry: Packed) -> Packed:
+        if ("key_scales" in entry.tensors) == self.eight_bit:
+            return entry
+        tensors = pack(entry.unpack(), self.eight_bit)
+        record = dataclasses.replace(entry.record, sha256=digest(*tensors.values()))
+        return dataclasses.replace(entry, record=record, tensors=tensors)
+
+    def _insert_packed(self, entries: Sequence[Packed], dtype: torch.dtype) -> None:
+        records, start = [], 0
+        for entry in entries:
+            records.append(dataclasses.replace(entry.record, first_token=start))
+            start += entry.record.num_tokens
+        path = save_shard(self.shards, [entry.tensors for entry in entries], records, self.fingerprint, dtype)
+        self._index.insert_shard(path.name, records)
+
     def adopt(self) -> None:
         """
         Takes shards into the index that other processes, or a killed one, have left in the folder. Those that are
         damaged or of another model are left where they are, and named in `left_out`.
         """
-        if self._unknown_shards() and not self._index.obstacle:
+        if not self._index.obstacle and self._unknown_shards():
             with self._index.transaction():
                 self._adopt()
 
@@ -341,12 +412,33 @@ class VoCoStore:
         for row in self._index.rows():
             problem: DamagedError | OSError | None = None
             try:
-                self._read(row)
+                self._read(row, self._read_row)
             except KeyError:
                 continue  # removed since
             except (DamagedError, OSError) as error:
                 problem = error
             yield self._entry(row), problem
+
+    def sources(self) -> list[str]:
+        """Where all that is stored was found."""
+        return [row["source"] for row in self._index.sources("error IS NULL")]
+
+    def packed(self) -> Iterator[tuple[Entry, Packed | DamagedError | OSError]]:
+        """
+        Every entry as it is stored, or what is wrong with it.
+
+        Raises:
+            DamagedError: if the index itself is damaged.
+        """
+        self._index.check()
+        for row in self._index.rows():
+            entry = self._entry(row)
+            try:
+                yield entry, self._read(row, self._pack_row)
+            except KeyError:
+                continue  # removed since
+            except (DamagedError, OSError) as error:
+                yield entry, error
 
     # How it is done
 
@@ -365,7 +457,7 @@ class VoCoStore:
     def _adopt(self) -> None:
         for name in sorted(self._unknown_shards()):
             try:
-                shard = Shard(inside(self.shards, name))
+                shard = Shard(self._place.open(name))
                 check_fingerprint(shard.fingerprint, self.fingerprint, f"the store {self.path}", what=f"shard {name}")
                 records = shard.records()
                 shard.close()
@@ -378,7 +470,7 @@ class VoCoStore:
         self._index.drop_empty_shards()
 
     def _unknown_shards(self) -> set[str]:
-        return {path.name for path in self.shards.glob("*.safetensors")} - self._index.shard_names()
+        return self._place.names() - self._index.shard_names()
 
     def _clean(self) -> None:
         """Removes files of shards that were dropped, and what killed writers have left."""
@@ -429,24 +521,16 @@ class VoCoStore:
 
     def _rewrite(self, rows: list[Row]) -> None:
         """Moves entries to a new shard, as they are stored; damaged ones stay."""
-        packed, records, moved, start = [], [], [], 0
+        packed, moved = [], []
         for row in rows:
-            shard = self._shard(row.shard)
             try:
-                tensors = shard.tensors(row.first_token, row.num_tokens, row.sha256)
+                packed.append(self._pack_row(row))
             except DamagedError:
                 continue
-            dtype = shard.dtype
-            source = next(iter(self._index.sources_of(row.content_hash)), "")
-            content = Content(row.content_hash, row.sampling, source, row.size, 0, row.metadata)
-            records.append(Record(content, row.num_voco_tokens, row.num_images, start, row.sha256, row.added))
-            packed.append(tensors)
             moved.append(row)
-            start += row.num_tokens
         if moved:
-            path = save_shard(self.shards, packed, records, self.fingerprint, dtype)
             self._index.delete_rows(moved)
-            self._index.insert_shard(path.name, records)
+            self._insert_packed(packed, packed[0].dtype)
 
     def _entry(self, row: Row | DamagedRow, known: dict[str, tuple[str, ...]] | None = None) -> Entry:
         if isinstance(row, DamagedRow):
@@ -465,41 +549,46 @@ class VoCoStore:
             known[row.content_hash],
         )
 
-    def _read(self, row: Row | DamagedRow) -> VoCoCache:
+    def _read_row(self, row: Row) -> VoCoCache:
+        return self._shard(row.shard).read(row.first_token, row.num_images, row.num_voco_tokens, row.sha256)
+
+    def _pack_row(self, row: Row) -> Packed:
+        shard, sources = self._shard(row.shard), self._index.sources_of(row.content_hash)
+        content = Content(row.content_hash, row.sampling, next(iter(sources), ""), row.size, 0, row.metadata)
+        record = Record(content, row.num_voco_tokens, row.num_images, 0, row.sha256, row.added)
+        tensors = shard.tensors(row.first_token, row.num_tokens, row.sha256)
+        return Packed(record, tensors, shard.dtype, shard.fingerprint, sources)
+
+    def _read(self, row: Row | DamagedRow, how: Callable[[Row], T]) -> T:
         """An entry, also if another process has compacted the store since the index was read."""
         while True:
             if isinstance(row, DamagedRow):
                 raise row.problem
             try:
-                shard = self._shard(row.shard)
-                return shard.read(row.first_token, row.num_images, row.num_voco_tokens, row.sha256)
+                return how(row)
             except FileNotFoundError as error:
                 rows = list(self._index.rows(row.content_hash, row.num_voco_tokens, row.sampling))
                 if not rows:
                     raise KeyError(f"{row.content_hash} is not in the store {self.path} any more") from error
                 # The index is written before a file goes, so an entry that has not moved is lost
                 if isinstance(rows[0], Row) and rows[0].shard == row.shard:
-                    raise DamagedError(f"the store {self.path} is damaged: {row.shard} is missing") from error
+                    hint = ", or it has changed since it was opened" if is_url(self.path) else ""
+                    raise DamagedError(f"the store {self.path} is damaged: {row.shard} is missing{hint}") from error
                 row = rows[0]
 
     def _shard(self, name: str) -> Shard:
         """A shard by its name in the index; the ones used last stay open."""
-        try:
-            path = inside(self.shards, name)
-        except ValueError as error:
-            raise DamagedError(f"the store {self.path} is damaged: {error}") from error
-        found = path.lstat()
-        version = found.st_ino, found.st_size, found.st_mtime_ns
+        version = self._place.version(name)
         known, shard = self._open_shards.pop(name, (None, None))
         if shard is None or known != version:
             self._close_shards([name])
-            shard = Shard(path)
+            shard = Shard(self._place.open(name))
             try:
                 check_fingerprint(shard.fingerprint, self.fingerprint, f"the store {self.path}", f"its shard {name}")
             except ValueError as error:
                 raise DamagedError(str(error)) from error
         self._open_shards[name] = version, shard
-        self._close_shards(list(self._open_shards)[:-OPEN_SHARDS])
+        self._close_shards(list(self._open_shards)[: -self._place.max_open])
         return shard
 
     def _close_shards(self, names: Iterable[str]) -> None:

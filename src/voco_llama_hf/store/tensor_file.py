@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..files import open_regular
 from .errors import DamagedError
+from .places import ByteFile
 
 
 MAX_HEADER = 100_000_000  # bytes, as in safetensors
@@ -22,20 +21,15 @@ class TensorFile:
     Header of a safetensors file, and rows of its tensors when they are asked for.
 
     Args:
-        path (`Path`): The file, which stays open.
+        file (`ByteFile`): The file, which is closed with this.
 
     Raises:
-        FileNotFoundError: if there is no such file.
         DamagedError: if it is not a safetensors file of floating point and int8 tensors.
         OSError: if it cannot be read.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._file = open_regular(path)
-        except ValueError as error:
-            raise DamagedError(str(error)) from error
+    def __init__(self, file: ByteFile):
+        self._file = file
         try:
             header = self._header()
             metadata = header.pop("__metadata__", {})
@@ -46,18 +40,17 @@ class TensorFile:
             self._check_spans()
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             self.close()
-            raise DamagedError(f"{path} is damaged: {error}") from error
+            raise DamagedError(f"{file.name} is damaged: {error}") from error
         except BaseException:
             self.close()
             raise
 
     def _header(self) -> dict[str, Any]:
-        self._size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if length > min(self._size - 8, MAX_HEADER):
+        length = int.from_bytes(self._file.read([(0, 8)])[0], "little")
+        if length > min(self._file.size - 8, MAX_HEADER):
             raise ValueError("it has no header of safetensors")
         self._start = 8 + length
-        header = json.loads(self._file.read(length))
+        header = json.loads(self._file.read([(8, length)])[0])
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
         return header
@@ -82,26 +75,34 @@ class TensorFile:
             if start != position:
                 raise ValueError("tensors overlap or leave gaps")
             position = end
-        if self._start + position != self._size:
-            raise ValueError(f"it has {self._size} bytes, {self._start + position} were expected")
+        if self._start + position != self._file.size:
+            raise ValueError(f"it has {self._file.size} bytes, {self._start + position} were expected")
 
-    def rows(self, name: str, first: int, number: int) -> torch.Tensor:
+    def rows(self, names: Sequence[str], first: int, number: int) -> dict[str, torch.Tensor]:
         """
-        Some rows of a tensor.
+        The same rows of some tensors.
 
         Raises:
             DamagedError: if there are no such rows.
             OSError: if they cannot be read.
         """
+        spans = [self._span(name, first, number) for name in names]
+        found = self._file.read(spans)
+        if [len(content) for content in found] != [length for _, length in spans]:
+            raise DamagedError(f"{self._file.name} is damaged: it ends early")
+        tensors = {}
+        for name, content in zip(names, found):
+            dtype, shape, _, _ = self.layout[name]
+            tensors[name] = torch.frombuffer(content, dtype=dtype).view(number, *shape[1:])
+        return tensors
+
+    def _span(self, name: str, first: int, number: int) -> tuple[int, int]:
+        """Where bytes of rows start in the file, and how many they are."""
         dtype, shape, start, _ = self.layout[name]
         if not shape or first < 0 or number < 1 or first + number > shape[0]:
-            raise DamagedError(f"{self.path} is damaged: {name} has no rows {first} to {first + number}")
+            raise DamagedError(f"{self._file.name} is damaged: {name} has no rows {first} to {first + number}")
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        content = bytearray(number * row_bytes)
-        self._file.seek(self._start + start + first * row_bytes)
-        if self._file.readinto(content) != len(content):  # type: ignore[attr-defined]
-            raise DamagedError(f"{self.path} is damaged: it ends early")
-        return torch.frombuffer(content, dtype=dtype).view(number, *shape[1:])
+        return self._start + start + first * row_bytes, number * row_bytes
 
     def close(self) -> None:
         self._file.close()
