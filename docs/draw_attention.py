@@ -12,7 +12,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
-from voco_llama_hf.modeling.attention_voco_llama import ExpandedLayout, VoCoRuns, voco_mask_function
+from voco_llama_hf.modeling.attention_voco_llama import voco_mask_function
+from voco_llama_hf.modeling.layout_voco_llama import ExpandedLayout, VoCoRuns
 
 
 TARGET = Path(__file__).parent / "source" / "images" / "attention.png"
@@ -38,7 +39,7 @@ def expand_prompt() -> tuple[list[str], list[str], torch.Tensor]:
     """Kind and label of every token of the long sequence, and its mask (queries, keys)."""
     voco_mask = torch.tensor([[token == "v" for token in PROMPT]])
     runs = VoCoRuns.find(voco_mask, COUNTS)
-    layout = ExpandedLayout.build(runs, torch.ones_like(voco_mask), 1, NUM_VISION, 1, mode="voco")
+    layout = ExpandedLayout.build(runs, torch.ones_like(voco_mask), 1, [NUM_VISION] * len(runs.rows), 1, mode="voco")
     kinds, labels = ["text"] * layout.length, [""] * layout.length
     for place, token in zip(layout.short[0].tolist(), PROMPT):
         labels[place] = token

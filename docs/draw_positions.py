@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from voco_llama_hf.modeling.attention_voco_llama import ExpandedLayout, VoCoRuns
+from voco_llama_hf.modeling.layout_voco_llama import ExpandedLayout, VoCoRuns
 
 
 GREY = "#52606d"
@@ -32,13 +32,14 @@ def compute() -> tuple[list[list[tuple[str, int]]], list[tuple[str, int]]]:
     """Kind and position of every token: of each segment as it is compressed, and of the short sequence."""
     voco_mask = torch.tensor([[token == "v" for token in PROMPT]])
     runs = VoCoRuns.find(voco_mask, COUNTS)
-    layout = ExpandedLayout.build(runs, torch.ones_like(voco_mask), 1, NUM_VISION, 1, mode="voco")
+    layout = ExpandedLayout.build(runs, torch.ones_like(voco_mask), 1, [NUM_VISION] * len(COUNTS), 1, mode="voco")
     short = torch.arange(len(PROMPT))[None]
     placed = layout.compact_positions(short, runs)[0]
     segments = []
     for image in range(len(COUNTS)):
         own = layout.short[0, runs.token_columns[runs.token_images == image]]
-        parts = {"prefix": layout.prefix[image], "vision": layout.vision[image], "suffix": layout.suffix[image]}
+        vision = layout.vision[layout.vision_images == image]
+        parts = {"prefix": layout.prefix[image], "vision": vision, "suffix": layout.suffix[image]}
         tokens = [(kind, place) for kind, places in {**parts, "voco": own}.items() for place in places.tolist()]
         # Compressed on its own an image starts counting at its first VoCo token
         first = placed[own[0]].item()

@@ -74,7 +74,6 @@ def ask(
     check_video_extra(images)
     from voco_llama_hf.images import open_image
     from voco_llama_hf.modeling.cache_voco_llama import check_cache
-    from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
     from voco_llama_hf.prompts import (
         build_prompt,
@@ -84,6 +83,7 @@ def ask(
         starts_with_bos,
     )
     from voco_llama_hf.videos import is_video
+    from voco_llama_hf.vision_tokens import count_vision_tokens
 
     from .loading import find_model, load_model
 
@@ -203,6 +203,7 @@ def compress_now(
     """Images and paths of videos, whose frames are compressed as they are decoded."""
     from voco_llama_hf.modeling import VoCoCache
     from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
+    from voco_llama_hf.pictures import prepare
     from voco_llama_hf.videos import read_frames
 
     if num_frames is None and fps is None:
@@ -212,8 +213,11 @@ def compress_now(
     caches, kinds, frames = [], [], []
     for picture in pictures:
         is_film = isinstance(picture, str)
-        clip = read_frames(picture, num_frames, fps) if is_film else [picture]
-        cache = network.compress(processor.iter_pixel_values(clip), count, show_progress=is_film)
+        if is_film:
+            frames_of_it = processor.iter_pixel_values(read_frames(picture, num_frames, fps))
+            cache = network.compress(frames_of_it, count)
+        else:
+            cache = network.compress(**prepare(processor.image_processor, picture), num_voco_tokens=count)
         caches.append(cache)
         kinds.append("video" if is_film else "image")
         frames += [len(cache)] if is_film else []

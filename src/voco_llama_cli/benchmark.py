@@ -32,6 +32,7 @@ class Preset(StrEnum):
     """Shapes of models, with random weights."""
 
     llava_1_5_7b = "llava-1.5-7b"
+    llava_next_7b = "llava-next-7b"
     llama_3_8b = "llama-3-8b"
     tiny = "tiny"
 

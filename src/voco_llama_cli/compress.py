@@ -50,11 +50,11 @@ def compress(
     from rich.progress import track
 
     from voco_llama_hf.modeling import VoCoCache
-    from voco_llama_hf.modeling.configuration_voco_llama import count_vision_tokens
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
+    from voco_llama_hf.vision_tokens import count_vision_tokens
 
     count = num_voco_tokens or processor.num_voco_tokens
-    caches = []
+    caches, vision_tokens = [], 0
     console = Console(stderr=True)
     starts = range(0, len(images), batch_size)
     quiet = len(images) <= HANDFUL or not console.is_terminal
@@ -62,11 +62,12 @@ def compress(
         pictures = [open_image(image) for image in images[start : start + batch_size]]
         inputs = processor(images=pictures, num_voco_tokens=count, return_tensors="pt")
         caches.append(network.compress(**inputs, batch_size=batch_size))
+        vision_tokens += sum(count_vision_tokens(network.config, picture.size[::-1]) for picture in pictures)
     cache = VoCoCache.cat(caches)
     cache.fingerprint = with_images(cache.fingerprint, processor.image_processor)
     cache.save(output)
 
-    full_bytes = cache.nbytes // count * count_vision_tokens(network.config)
+    full_bytes = cache.nbytes // (count * len(cache)) * vision_tokens
     typer.echo(f"{output}: {plural(len(cache), 'image')}, {plural(count, 'VoCo token')} each")
     typer.echo(
         f"key-value cache: {human_bytes(full_bytes)} -> {human_bytes(cache.nbytes)}, "

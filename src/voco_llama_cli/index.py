@@ -112,8 +112,9 @@ def index(
     check_video_extra(files)
     processes = Processes()
     network, processor = load_model(name, device or own_device(processes.local_rank, processes.number), dtype)
-    from voco_llama_hf.modeling.configuration_voco_llama import cache_bytes, count_vision_tokens
+    from voco_llama_hf.modeling.configuration_voco_llama import cache_bytes
     from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
+    from voco_llama_hf.vision_tokens import count_vision_tokens
 
     sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps)
     count = num_voco_tokens or processor.num_voco_tokens

@@ -74,6 +74,15 @@ def test_grouped_queries_keep_a_quarter():
     assert costs[VOCO_CACHE].cache_bytes == 2 * 2**17
 
 
+def test_a_large_image_costs_as_little_to_ask_about_as_a_small_one(networks):
+    large = make_meta_networks(PRESETS["llava-next-7b"](), torch.bfloat16)
+    costs, small = count_costs(large, 1, 64), count_costs(networks, 1, 64)
+    assert costs[VOCO_CACHE] == small[VOCO_CACHE]
+    assert costs[FULL_CACHE].cache_bytes == 2928 * 2**19
+    flops, bare = count_compression(large, 1)
+    assert bare < flops <= 1.01 * bare
+
+
 @torch.no_grad()
 def test_counted_bytes_are_those_of_a_real_cache():
     model = build_model(tiny(), "cpu", torch.float32)

@@ -3,12 +3,18 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BaseImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
@@ -78,6 +84,34 @@ def tiny_model(seed: int = 0, config: VoCoLlamaConfig | None = None, **overrides
             parameter.copy_(noise + parameter if parameter.ndim == 1 else noise)
         model.lm_head.weight[VOCO] = 0
     return model.eval()
+
+
+GRID = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84], [84, 84]]
+# A model of each kind that divides images into tiles of 4 tokens
+TILED: dict[str, dict] = {
+    "llava_next": {"base_model_type": "llava_next", "image_grid_pinpoints": GRID},
+    "llava_onevision": {
+        "base_model_type": "llava_onevision",
+        "image_grid_pinpoints": [*GRID, [28, 28]],
+        "vision_aspect_ratio": "anyres_max_4",
+        "vision_class": SiglipVisionConfig,
+        "text_class": Qwen2Config,
+        "vision": {"vision_use_head": False},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+}
+
+
+def random_images(model: VoCoLlamaForConditionalGeneration, sizes: list[tuple[int, int]], seed: int = 0) -> dict:
+    """`pixel_values` and `image_sizes` of random images of these heights and widths, padded as processors do."""
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    side = config.vision_config.image_size
+    counts = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
+    pixels = torch.zeros(len(sizes), max(counts), 3, side, side)
+    for image, count in enumerate(counts):
+        pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def random_pixels(model: VoCoLlamaForConditionalGeneration, num_images: int, seed: int = 0) -> torch.Tensor:
@@ -160,8 +194,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor() -> VoCoLlamaProcessor:
-    """A processor whose tokenizer knows bytes, adds a BOS token and has an id below `VOCAB_SIZE` for every token."""
+def build_processor(base_model_type: str = "llava") -> VoCoLlamaProcessor:
+    """
+    A processor for a model of this kind. Its tokenizer knows bytes, adds a BOS token and has an id below `VOCAB_SIZE`
+    for every token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -179,7 +216,14 @@ def build_processor() -> VoCoLlamaProcessor:
         additional_special_tokens=["<voco>"],
         padding_side="left",
     )
-    size = {"height": VISION["image_size"], "width": VISION["image_size"]}
-    return VoCoLlamaProcessor(
-        CLIPImageProcessorPil(size=size, do_center_crop=False), fast, chat_template=CHAT_TEMPLATE
-    )
+    side = VISION["image_size"]
+    size = {"height": side, "width": side}
+    if base_model_type == "llava":
+        images: BaseImageProcessor = CLIPImageProcessorPil(size=size, do_center_crop=False)
+    elif base_model_type == "llava_next":
+        grid = TILED[base_model_type]["image_grid_pinpoints"]
+        images = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=size, image_grid_pinpoints=grid)
+    else:
+        grid = TILED[base_model_type]["image_grid_pinpoints"]
+        images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=grid)
+    return VoCoLlamaProcessor(images, fast, chat_template=CHAT_TEMPLATE)

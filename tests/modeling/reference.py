@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+)
 
 
 @dataclass
@@ -17,21 +24,43 @@ class Image:
 Row = list[list[int] | Image]  # text is a list of ids
 
 
-def stock_llava(model) -> LlavaForConditionalGeneration:
-    """Transformers' Llava with the weights of `model`, computing with eager attention."""
+CLASSES = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
+}
+
+
+def stock_llava(model):
+    """Transformers' own class with the weights of `model`, computing with eager attention."""
     config = model.config
-    llava = LlavaForConditionalGeneration(
-        LlavaConfig(
+    config_class, model_class = CLASSES[config.base_model_type]
+    tiled = {}
+    if config.base_model_type != "llava":
+        tiled["image_grid_pinpoints"] = config.image_grid_pinpoints
+    if config.base_model_type == "llava_onevision":
+        tiled |= {"vision_aspect_ratio": config.vision_aspect_ratio, "video_token_index": config.voco_token_id - 1}
+    llava = model_class(
+        config_class(
             text_config=config.text_config.to_dict(),
             vision_config=config.vision_config.to_dict(),
             image_token_index=config.voco_token_id,
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             attn_implementation="eager",
+            **tiled,
         )
     )
     llava.load_state_dict(model.state_dict())
     return llava.eval()
+
+
+def stock_features(llava, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Vision tokens of each image as transformers has them."""
+    if len(pixel_values) == 0:
+        return []
+    sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+    return list(llava.model.get_image_features(pixel_values=pixel_values, **sizes).pooler_output)
 
 
 def short_batch(rows: list[Row], config, padding_side: str) -> dict:
@@ -59,11 +88,18 @@ def short_batch(rows: list[Row], config, padding_side: str) -> dict:
 
 
 @torch.no_grad()
-def row_logits(model, llava, row: Row, pixel_values: torch.Tensor, causal: bool = False) -> torch.Tensor:
+def row_logits(
+    model,
+    llava,
+    row: Row,
+    pixel_values: torch.Tensor,
+    causal: bool = False,
+    image_sizes: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Logits at every token of one short row, from a dense mask that is filled in token by token."""
     config = model.config
     embed = llava.get_input_embeddings()
-    vision = llava.model.get_image_features(pixel_values=pixel_values).pooler_output if len(pixel_values) else []
+    vision = stock_features(llava, pixel_values, image_sizes)
     tokens = []  # (embedding, kind, image, position), in the order of the long sequence
     position = 0
     for part in row:
@@ -104,20 +140,26 @@ def row_logits(model, llava, row: Row, pixel_values: torch.Tensor, causal: bool 
 
 
 @torch.no_grad()
-def uncompressed_row_logits(model, llava, row: Row, pixel_values: torch.Tensor) -> list[torch.Tensor | None]:
+def uncompressed_row_logits(
+    model, llava, row: Row, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+) -> list[torch.Tensor | None]:
     """Llava's logits at every token of one short row; None at VoCo tokens but the last of an image."""
-    config, num_vision = model.config, model.model.get_vision_features(pixel_values).shape[1]
+    config, vision = model.config, stock_features(llava, pixel_values, image_sizes)
     long_ids: list[int] = list(config.vision_prefix_token_ids) if isinstance(row[0], Image) else []
     places: list[int | None] = []
     for part in row:
         if isinstance(part, Image):
-            long_ids += [config.voco_token_id] * num_vision
+            long_ids += [config.voco_token_id] * len(vision[part.index])
             places += [None] * (part.num_voco_tokens - 1) + [len(long_ids) - 1]
         else:
             places += range(len(long_ids), len(long_ids) + len(part))
             long_ids += part
     images = [part.index for part in row if isinstance(part, Image)]
+    sizes = {} if image_sizes is None else {"image_sizes": image_sizes[images]}
     logits = llava(
-        input_ids=torch.tensor([long_ids]), pixel_values=pixel_values[images] if images else None, use_cache=False
+        input_ids=torch.tensor([long_ids]),
+        pixel_values=pixel_values[images] if images else None,
+        use_cache=False,
+        **(sizes if images else {}),
     ).logits[0]
     return [None if place is None else logits[place] for place in places]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling.helpers import tiny_config, tiny_model
 from modeling.reference import Image, row_logits, short_batch, stock_llava, uncompressed_row_logits
+from modeling.rows import layouts, logits_by_row, num_images
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 from voco_llama_hf import VoCoLlamaConfig, VoCoLlamaModel
@@ -22,32 +23,6 @@ SIZE = MODEL.config.vision_config.image_size
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(num_images, 3, SIZE, SIZE, generator=generator)
-
-
-@st.composite
-def layouts(draw, min_images: int = 1):
-    """Batches of 1 to 3 rows with 0 to 4 images a row, any k, and text before, between and after."""
-    text = st.lists(st.integers(14, 120), min_size=1, max_size=4)
-    image = st.integers(1, 5)
-    rows = draw(
-        st.lists(
-            st.lists(st.one_of(text, image), min_size=1, max_size=6).filter(
-                lambda parts: sum(isinstance(part, int) for part in parts) <= 4
-            ),
-            min_size=1,
-            max_size=3,
-        ).filter(lambda rows: sum(isinstance(part, int) for row in rows for part in row) >= min_images)
-    )
-    numbers = iter(range(100))
-    return [[Image(next(numbers), part) if isinstance(part, int) else part for part in row] for row in rows]
-
-
-def num_images(rows) -> int:
-    return sum(isinstance(part, Image) for row in rows for part in row)
-
-
-def logits_by_row(output, batch) -> list[torch.Tensor]:
-    return [row[mask.bool()] for row, mask in zip(output.logits, batch["attention_mask"])]
 
 
 random_layouts = settings(max_examples=20, deadline=None, derandomize=True)

@@ -7,7 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
-from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens
+from ..modeling.configuration_voco_llama import cache_bytes
+from ..pictures import random_pictures
+from ..vision_tokens import count_vision_tokens
 from .presets import build_model
 from .question import FULL_CACHE, VOCO_CACHE, WAYS, Question, fresh, make_networks
 
@@ -54,21 +56,24 @@ def count_costs(
 def count_compression(networks: dict[str, Any], num_voco_tokens: int) -> tuple[int, int]:
     """FLOPs to compress an image, and those of vision tower and one causal pass over V + k tokens."""
     model = networks[VOCO_CACHE]
-    size = model.config.vision_config.image_size
-    pixels = torch.empty(1, 3, size, size, dtype=model.dtype, device="meta")
+    pictures = random_pictures(model, 1)
     with FlopCounterMode(display=False) as counter:
-        model.compress(pixels, num_voco_tokens)
+        model.compress(**pictures, num_voco_tokens=num_voco_tokens)
     with FlopCounterMode(display=False) as bare:
         # Without a cache transformers looks at positions, which have no values here
-        run_bare_passes(model, pixels, num_voco_tokens, use_cache=True)
+        run_bare_passes(model, pictures, num_voco_tokens, use_cache=True)
     return counter.get_total_flops(), bare.get_total_flops()
 
 
 @torch.no_grad()
 def run_bare_passes(
-    model: VoCoLlamaForConditionalGeneration, pixels: torch.Tensor, num_voco_tokens: int, use_cache: bool = False
+    model: VoCoLlamaForConditionalGeneration,
+    pictures: dict[str, torch.Tensor],
+    num_voco_tokens: int,
+    use_cache: bool = False,
 ) -> None:
     """What compressing cannot do without: vision tower, projector, and one causal pass over V + k tokens."""
-    vision = model.model.get_vision_features(pixels)
+    found = model.model.get_vision_features(**pictures)
+    vision = found if isinstance(found, torch.Tensor) else torch.stack(found)
     voco = vision.new_zeros(len(vision), num_voco_tokens, vision.shape[-1])
     model.model.language_model(inputs_embeds=torch.cat([vision, voco], dim=1), use_cache=use_cache)

@@ -34,6 +34,14 @@ def llava_1_5_7b() -> VoCoLlamaConfig:
     return VoCoLlamaConfig(text_config=text, vision_config=CLIPVisionConfig(**CLIP_LARGE_336))
 
 
+def llava_next_7b() -> VoCoLlamaConfig:
+    """LLaVA-NeXT (LLaVA-1.6) with Vicuna-7B: the same model, that reads an image in up to five tiles."""
+    config = llava_1_5_7b()
+    return VoCoLlamaConfig(
+        text_config=config.text_config, vision_config=config.vision_config, base_model_type="llava_next"
+    )
+
+
 def llama_3_8b() -> VoCoLlamaConfig:
     """Llama 3 8B, whose queries share their keys and values in groups of four, and the same vision tower."""
     text = LlamaConfig(
@@ -64,6 +72,7 @@ def tiny() -> VoCoLlamaConfig:
 
 PRESETS: dict[str, Callable[[], VoCoLlamaConfig]] = {
     "llava-1.5-7b": llava_1_5_7b,
+    "llava-next-7b": llava_next_7b,
     "llama-3-8b": llama_3_8b,
     "tiny": tiny,
 }

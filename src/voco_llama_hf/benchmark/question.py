@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 
 from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration
-from ..modeling.configuration_voco_llama import count_vision_tokens, key_value_shape
+from ..modeling.configuration_voco_llama import key_value_shape
+from ..pictures import random_pictures
+from ..vision_tokens import count_vision_tokens
 
 
 NO_CACHE, FULL_CACHE, VOCO_CACHE, LIMIT = "no cache", "full cache", "VoCo cache", "text only"
@@ -83,8 +85,7 @@ class Question:
         ]
         inputs: dict[str, Any] = {"input_ids": torch.cat(rows, dim=1)}
         if way == NO_CACHE:
-            size = self.model.config.vision_config.image_size
-            inputs["pixel_values"] = self._random(self.batch_size * self.num_images, 3, size, size)
+            inputs |= random_pictures(self.model, self.batch_size * self.num_images)
         elif way == FULL_CACHE:
             inputs["past_key_values"] = self._full_cache()
         elif way == VOCO_CACHE:

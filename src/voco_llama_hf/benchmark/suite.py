@@ -9,7 +9,9 @@ import torch
 from transformers import CompileConfig
 
 from ..modeling import VoCoLlamaForConditionalGeneration
-from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens
+from ..modeling.configuration_voco_llama import cache_bytes
+from ..pictures import random_pictures
+from ..vision_tokens import count_vision_tokens
 from .flops import run_bare_passes
 from .measure import (
     Timing,
@@ -160,11 +162,10 @@ class Suite:
 
     def compression(self, batch_size: int) -> list[Record]:
         """Seconds to compress a batch of images, beside the bare passes."""
-        size = self.model.config.vision_config.image_size
-        pixels = torch.randn(batch_size, 3, size, size, device=self.device, dtype=self.model.dtype)
+        pictures, count = random_pictures(self.model, batch_size), self.num_voco_tokens
         calls: dict[str, Callable[[], object]] = {
-            BARE_PASSES: lambda: run_bare_passes(self.model, pixels, self.num_voco_tokens),
-            COMPRESS: lambda: self.model.compress(pixels, self.num_voco_tokens, batch_size=batch_size),
+            BARE_PASSES: lambda: run_bare_passes(self.model, pictures, count),
+            COMPRESS: lambda: self.model.compress(**pictures, num_voco_tokens=count, batch_size=batch_size),
         }
         title = f"Compressing, batch of {batch_size}"
         timings = alternate(calls, self.rounds, self.device, lambda text: self.report(f"{title}: {text}"))

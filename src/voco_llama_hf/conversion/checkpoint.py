@@ -24,6 +24,9 @@ class LlavaArguments(TypedDict):
     image_seq_length: int
     tie_word_embeddings: bool
     num_voco_tokens: NotRequired[int]
+    base_model_type: NotRequired[Literal["llava", "llava_next", "llava_onevision"]]
+    image_grid_pinpoints: NotRequired[list[list[int]]]
+    vision_aspect_ratio: NotRequired[str]
 
 
 @dataclass

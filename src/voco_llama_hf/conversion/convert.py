@@ -28,7 +28,7 @@ class ConversionReport:
         source, target (`Path`):
             The checkpoint read and the checkpoint written.
         source_format (`str`):
-            `"llava_llama"` (the authors' format) or `"llava"` (llava-hf).
+            `"llava_llama"` (the authors' format), or `"llava"`, `"llava_next"` or `"llava_onevision"` (llava-hf).
         text_model (`str`):
             Model type of the language model.
         vision_tower (`str`):
@@ -75,8 +75,8 @@ def convert_checkpoint(
     dtype: str | torch.dtype | None = None,
 ) -> ConversionReport:
     """
-    Converts a checkpoint of the authors' code (`model_type: llava_llama`) or of llava-hf (`model_type: llava`) into a
-    folder for [`VoCoLlamaForConditionalGeneration.from_pretrained`].
+    Converts a checkpoint of the authors' code (`model_type: llava_llama`) or of llava-hf (`model_type: llava`,
+    `llava_next` or `llava_onevision`) into a folder for [`VoCoLlamaForConditionalGeneration.from_pretrained`].
 
     The `<voco>` of an authors' checkpoint is that of its tokenizer, or the row added to the 32000 of Llama. A llava-hf
     checkpoint is given one: the next free row of a padded vocabulary, else one row more. (Which rows are free only the

@@ -34,6 +34,8 @@ class SourceFormat:
 FORMATS = {
     "llava_llama": SourceFormat("the authors' format", read_authors_checkpoint),
     "llava": SourceFormat("llava-hf", read_llava_hf_checkpoint),
+    "llava_next": SourceFormat("llava-hf", read_llava_hf_checkpoint),
+    "llava_onevision": SourceFormat("llava-hf", read_llava_hf_checkpoint),
 }
 
 

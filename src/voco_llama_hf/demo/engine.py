@@ -19,8 +19,10 @@ from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.configuration_voco_llama import cache_bytes
 from ..modeling.fingerprint_voco_llama import with_images
+from ..pictures import PIXELS
 from ..prompts import build_prompt, check_question, starts_with_bos
 from ..serving import ImageCache, Limits
+from ..vision_tokens import count_vision_tokens
 from .sources import Source, load_cache, open_cache, open_picture, preprocess, read_pictures
 from .stopwatch import Spent, Stopwatch
 
@@ -111,7 +113,8 @@ class DemoEngine:
         prompt = build_prompt(self.processor, ["image"], "?")
         inputs = self._all_inputs(prompt, [Image.new("RGB", (64, 64))], "image")
         self._worker.submit(self._read_all, inputs, max_new_tokens=1).result()
-        cache = self._worker.submit(self.model.compress, inputs["pixel_values"], 1).result()
+        pixels = {name: inputs[name] for name in PIXELS if name in inputs}
+        cache = self._worker.submit(self.model.compress, **pixels, num_voco_tokens=1).result()
         self._worker.submit(self._generate, self._inputs(prompt, cache), max_new_tokens=1).result()
 
     # What a visitor does
@@ -190,9 +193,9 @@ class DemoEngine:
         """
         prompt = self._prompt(source, question)
         pictures = self._pictures(source)
-        num_tokens = self.num_vision_tokens * len(pictures)
         inputs = self._all_inputs(prompt, pictures, kind_of(source))
         length = inputs["input_ids"].shape[1]
+        num_tokens = int((inputs["input_ids"] == self.model.config.voco_token_id).sum())
         ids, spent = self._worker.submit(self._read_all, inputs, self._bound(length)).result()
         text = self.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
         flops = (
@@ -242,9 +245,11 @@ class DemoEngine:
             make = lambda: cache  # noqa: E731
         else:
             # Read and made small outside of the thread that computes
-            pixels = preprocess(self.processor, self._pictures(source) if pictures is None else pictures)
-            pixels = pixels.to(self.model.dtype)
-            make = lambda: self.model.compress(pixels, num_voco_tokens, show_progress=False, exact=False)  # noqa: E731
+            shown = self._pictures(source) if pictures is None else pictures
+            pixels = preprocess(self.processor, shown, kind_of(source), self.model.dtype)
+            make = lambda: self.model.compress(  # noqa: E731
+                **pixels, num_voco_tokens=num_voco_tokens, show_progress=False, exact=False
+            )
         return self._worker.submit(self._remember, source.key, num_voco_tokens, make).result()
 
     def _remember(self, key: str, num_voco_tokens: int, make: Callable[[], VoCoCache]) -> tuple[VoCoCache, Spent]:
@@ -304,13 +309,30 @@ class DemoEngine:
         inputs = self._tokenize(prompt, num_voco_tokens=1, **images).to(self.model.device)
         ids = inputs["input_ids"]
         is_image = ids[0] == self.model.config.voco_token_id
-        ids = ids.repeat_interleave(torch.where(is_image, self.num_vision_tokens, 1), dim=1)
+        repeats = torch.ones_like(ids[0])
+        repeats[is_image] = torch.tensor(self._count_vision_tokens(inputs, kind), device=ids.device)
+        ids = ids.repeat_interleave(repeats, dim=1)
         if is_image[0]:
             # The BOS token that an image brings with it
             prefix = torch.tensor([self.model.config.vision_prefix_token_ids], dtype=ids.dtype, device=ids.device)
             ids = torch.cat([prefix, ids], dim=1)
-        pixels = inputs["pixel_values"].to(self.model.dtype)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        pixels = {name: inputs[name] for name in PIXELS if name in inputs}
+        pixels["pixel_values"] = pixels["pixel_values"].to(self.model.dtype)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+
+    def _count_vision_tokens(self, inputs: BatchFeature, kind: str) -> list[int]:
+        """
+        Of each image.
+
+        Raises:
+            ValueError: for the frames of a video, where the base model reads them in another way than images.
+        """
+        config = self.model.config
+        if config.base_model_type == "llava":
+            return [self.num_vision_tokens] * len(inputs["pixel_values"])
+        if kind == "video":
+            raise ValueError(f"{config.base_model_type} reads no video uncompressed here: ask about an image")
+        return [count_vision_tokens(config, (height, width)) for height, width in inputs["image_sizes"].tolist()]
 
 
 def kind_of(source: Source) -> str:

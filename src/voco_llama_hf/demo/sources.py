@@ -17,6 +17,7 @@ from ..images import decode_image
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.cache_voco_llama import check_cache
 from ..modeling.fingerprint_voco_llama import with_images
+from ..pictures import join, prepare
 from ..serving import Limits
 from ..store import hash_file
 from ..videos import check_video, is_video, read_frames
@@ -125,9 +126,13 @@ def naming(path: str) -> Iterator[None]:
         raise ValueError(str(error).replace(path, Path(path).name)) from error
 
 
-def preprocess(processor: VoCoLlamaProcessor, pictures: list[Any]) -> torch.Tensor:
-    """`(num_images, 3, height, width)`."""
-    return torch.cat(list(processor.iter_pixel_values(pictures)))
+def preprocess(
+    processor: VoCoLlamaProcessor, pictures: list[Any], kind: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What `compress` takes, of an `"image"` or of the frames of a `"video"`."""
+    if kind == "video":
+        return {"pixel_values": torch.cat(list(processor.iter_pixel_values(pictures))).to(dtype)}
+    return join([prepare(processor.image_processor, picture) for picture in pictures], dtype)
 
 
 def thumbnail(picture: Image.Image | np.ndarray) -> str:

@@ -21,8 +21,8 @@ from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicC
 from ..files import check_new_folder, new_folder
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .answers import AnswerAgreement, check_answers, check_questions, compare_answers, default_pictures
-from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT
-from .graphs import COMPRESSOR, DECODER, Graph, build_graphs, export_graph
+from .files import COMPRESSOR_FILE, DECODER_FILE, FINGERPRINT, VISION_FILE
+from .graphs import COMPRESSOR, DECODER, VISION, Graph, build_graphs, export_graph
 from .providers import check_provider, resolve_providers
 from .runtime import ORTVoCoLlamaForConditionalGeneration
 from .session import TorchSession
@@ -32,7 +32,7 @@ from .validation import Difference, check_differences, compare
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUANTIZATIONS = ("int8", "int4")
 FUSIONS: dict[str | None, Literal["cpu", "cuda"]] = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
-FILES = {COMPRESSOR: COMPRESSOR_FILE, DECODER: DECODER_FILE}
+FILES = {VISION: VISION_FILE, COMPRESSOR: COMPRESSOR_FILE, DECODER: DECODER_FILE}
 
 
 @dataclass
@@ -65,8 +65,8 @@ def export_onnx(
     progress: Callable[[str], object] = lambda step: None,
 ) -> ExportReport:
     """
-    Exports a model as two ONNX graphs, runs them against PyTorch, and writes them with all that
-    [`ORTVoCoLlamaForConditionalGeneration`] needs.
+    Exports a model as two ONNX graphs, three if it divides images into tiles, runs them against PyTorch, and writes
+    them with all that [`ORTVoCoLlamaForConditionalGeneration`] needs.
 
     Args:
         model ([`VoCoLlamaForConditionalGeneration`]):

@@ -1,4 +1,7 @@
-"""The two graphs that are exported: images to keys and values of VoCo tokens, and text behind them to logits."""
+"""
+The graphs that are exported: images to keys and values of VoCo tokens, and text behind them to logits. Where images
+are divided into tiles there is one more in front, from tiles to their vision tokens, which transformers then packs.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +17,15 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 
 from ..modeling import VoCoLlamaForConditionalGeneration
 from ..modeling.configuration_voco_llama import key_value_shape
+from ..modeling.two_stages_voco_llama import compress_segments
 
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
-COMPRESSOR, DECODER = "compressor", "decoder"
+VISION, COMPRESSOR, DECODER = "vision model", "compressor", "decoder"
 BATCH, IMAGES, VOCO, SEQUENCE, PAST = "batch_size", "num_images", "num_voco_tokens", "sequence_length", "past_length"
+TILES, VISION_TOKENS = "num_tiles", "num_vision_tokens"
+FEATURES, NEWLINE = "image_features", "image_newline"
 
 
 class Compressor(torch.nn.Module):
@@ -32,6 +38,30 @@ class Compressor(torch.nn.Module):
     def forward(self, pixel_values: torch.Tensor, voco_tokens: torch.Tensor) -> KeyValues:
         # The number of VoCo tokens is a length here, which the exporter keeps dynamic; see `_take_number`
         kept, _ = self.model.run_segments(pixel_values, voco_tokens.shape[0])
+        return list(zip(kept.keys, kept.values))
+
+
+class VisionModel(torch.nn.Module):
+    """Tiles to their vision tokens, and the newline that ends a row of them."""
+
+    def __init__(self, model: VoCoLlamaForConditionalGeneration):
+        super().__init__()
+        self.model: Any = model.model  # one that divides images
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # One more dimension, as a parameter itself cannot be what a graph returns
+        return self.model.get_tile_features(pixel_values), self.model.image_newline[None]
+
+
+class FeatureCompressor(torch.nn.Module):
+    """Vision tokens of images of one length to the keys and values of their VoCo tokens."""
+
+    def __init__(self, model: VoCoLlamaForConditionalGeneration):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, image_features: torch.Tensor, voco_tokens: torch.Tensor) -> KeyValues:
+        kept, _ = compress_segments(self.model, image_features, voco_tokens.shape[0])
         return list(zip(kept.keys, kept.values))
 
 
@@ -93,14 +123,20 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
     pasts = [f"past_key_values.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
     like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
 
-    compressor = Compressor(model)
+    is_tiled = model.config.base_model_type != "llava"
+    compressor = FeatureCompressor(model) if is_tiled else Compressor(model)
+    side = vision.image_size
+
+    def vision_sample(sizes: dict[str, int]) -> dict:
+        return {"pixel_values": torch.randn(sizes[TILES], 3, side, side, **like)}
 
     def compressor_sample(sizes: dict[str, int]) -> dict:
-        size = vision.image_size
-        return {
-            "pixel_values": torch.randn(sizes[IMAGES], 3, size, size, **like),
-            "voco_tokens": torch.zeros(sizes[VOCO], dtype=torch.long, device=model.device),
-        }
+        if is_tiled:
+            shape = sizes[IMAGES], sizes.get(VISION_TOKENS, 3), text.hidden_size
+            images = {FEATURES: torch.randn(shape, **like) * text.initializer_range}
+        else:
+            images = {"pixel_values": torch.randn(sizes[IMAGES], 3, side, side, **like)}
+        return {**images, "voco_tokens": torch.zeros(sizes[VOCO], dtype=torch.long, device=model.device)}
 
     def decoder_sample(sizes: dict[str, int]) -> dict:
         batch, length, past = sizes[BATCH], sizes[SEQUENCE], sizes[PAST]
@@ -122,12 +158,23 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
         }
 
     total = f"{PAST} + {SEQUENCE}"
+    in_front = Graph(
+        VISION,
+        VisionModel(model),
+        vision_sample,
+        {"pixel_values": (TILES, None, None, None)},
+        {FEATURES: (TILES, None, None), NEWLINE: (None, None)},
+    )
+    images: dict[str, tuple[str | None, ...]] = {"pixel_values": (IMAGES, None, None, None)}
+    if is_tiled:
+        images = {FEATURES: (IMAGES, VISION_TOKENS, None)}
     return [
+        *([in_front] if is_tiled else []),
         Graph(
             COMPRESSOR,
             compressor,
             compressor_sample,
-            {"pixel_values": (IMAGES, None, None, None), VOCO: (VOCO,)},
+            {**images, VOCO: (VOCO,)},
             dict.fromkeys(presents, (IMAGES, None, VOCO, None)),
         ),
         Graph(
@@ -145,7 +192,7 @@ def build_graphs(model: VoCoLlamaForConditionalGeneration) -> list[Graph]:
     ]
 
 
-EXPORT_SIZES = {IMAGES: 2, VOCO: 3, BATCH: 2, SEQUENCE: 4, PAST: 5}
+EXPORT_SIZES = {TILES: 3, VISION_TOKENS: 6, IMAGES: 2, VOCO: 3, BATCH: 2, SEQUENCE: 4, PAST: 5}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
-from .files import COMPRESSOR_FILE, DECODER_FILE, data_file
+from .files import COMPRESSOR_FILE, DECODER_FILE, VISION_FILE, data_file
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -23,6 +23,7 @@ class ExportedFiles:
     """
     Args:
         compressor, decoder (`Path`): The graphs.
+        vision (`Path`, *optional*): The graph in front of them, of a model that divides images.
         copied (`list[Path]`): All files that a copy of the model consists of, beside its configurations.
         config ([`VoCoLlamaConfig`]): Configuration of the model that was exported.
         generation_config ([`~transformers.GenerationConfig`], *optional*): How it generates by default.
@@ -30,6 +31,7 @@ class ExportedFiles:
 
     compressor: Path
     decoder: Path
+    vision: Path | None
     copied: list[Path]
     config: VoCoLlamaConfig
     generation_config: GenerationConfig | None
@@ -60,7 +62,9 @@ def find_exported(
     )
     # What belongs to the model and not to its graphs may lie above them
     places = [folder, *(str(parent).removeprefix(".") for parent in PurePosixPath(folder).parents)]
-    weights = [find_file(model_id, data_file(name), [folder], **hub) for name in (COMPRESSOR_FILE, DECODER_FILE)]
+    vision = find_file(model_id, VISION_FILE, [folder], **hub)
+    names = (COMPRESSOR_FILE, DECODER_FILE, VISION_FILE)
+    weights = [find_file(model_id, data_file(name), [folder], **hub) for name in names]
     processor = [find_file(model_id, file, places, **hub) for file in PROCESSOR_FILES]
     saved_config = find_file(model_id, "config.json", places, **hub)
     if config is None:
@@ -71,7 +75,8 @@ def find_exported(
     return ExportedFiles(
         compressor,
         decoder,
-        copied=[compressor, decoder, *(path for path in (*weights, *processor) if path is not None)],
+        vision,
+        copied=[compressor, decoder, *(path for path in (vision, *weights, *processor) if path is not None)],
         config=config,
         generation_config=None
         if saved_generation is None

@@ -14,11 +14,12 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoModel, Cache, DynamicCache, GenerationConfig
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ..files import new_folder
 from ..modeling import VoCoCache, VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
+from ..modeling.batches_voco_llama import compress_in_batches
 from ..modeling.cache_voco_llama import check_cache
 from ..modeling.compat_voco_llama import CACHE
 from ..modeling.compression_voco_llama import COMPRESSION_BATCH_SIZE, fit_counts
@@ -34,6 +35,7 @@ from .prefill import KeyValues, prefill
 from .providers import Providers, resolve_providers
 from .session import TorchSession
 from .signature import Signature
+from .vision import build_vision_side
 
 
 # Arguments that transformers hands to the forward of every model, and that the graphs have no use for
@@ -54,6 +56,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
             Configuration of the model that was exported.
         generation_config ([`~transformers.GenerationConfig`], *optional*):
             How `generate` works by default.
+        vision ([`TorchSession`], *optional*):
+            The graph that makes vision tokens of tiles, for a model that divides images into them.
         files (`Sequence[Path]`, *optional*):
             The graphs and whatever else [`save_pretrained`] copies beside the configurations.
 
@@ -85,14 +89,20 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         config: VoCoLlamaConfig,
         generation_config: GenerationConfig | None = None,
         files: Sequence[Path] = (),
+        vision: TorchSession | None = None,
     ):
         self.compressor, self.decoder = compressor, decoder
         self.config = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self._files = list(files)
         self._aside: tempfile.TemporaryDirectory | None = None
-        text_config = config.text_config
-        self._signature = Signature(text_config)  # type: ignore[arg-type]
+        text_config, is_tiled = config.text_config, config.base_model_type != "llava"
+        if is_tiled != (vision is not None):
+            raise ValueError(
+                f"a model of base_model_type {config.base_model_type} has {'a' if is_tiled else 'no'} vision model"
+            )
+        self._vision = None if vision is None else build_vision_side(vision, config)
+        self._signature = Signature(text_config, is_tiled)  # type: ignore[arg-type]
         self._signature.check(compressor, decoder)
         self.dtype, _ = decoder.output_types["present.0.key"]
         self.device = decoder.device
@@ -157,7 +167,8 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         compressor, decoder = (
             TorchSession(path, chosen, session_options) for path in (files.compressor, files.decoder)
         )
-        model = cls(compressor, decoder, files.config, files.generation_config, files.copied)
+        vision = None if files.vision is None else TorchSession(files.vision, chosen, session_options)
+        model = cls(compressor, decoder, files.config, files.generation_config, files.copied, vision)
         model._aside = aside  # the graphs are mapped, and saved from here
         return model
 
@@ -228,33 +239,34 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         num_voco_tokens: int | list[int] | torch.Tensor | None = None,
         batch_size: int = COMPRESSION_BATCH_SIZE,
         show_progress: bool = True,
+        image_sizes: torch.Tensor | None = None,
     ) -> VoCoCache:
         """See [`VoCoLlamaModel.compress`]."""
         if len(pixel_values) == 0:
             raise ValueError("compress needs at least one image")
+        if self._vision is None and image_sizes is not None:
+            raise ValueError("VoCo-LLaMA does not take image_sizes: this model's images are squares of one size")
         default = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
         counts = per_image_counts(default, len(pixel_values))
-        starts = range(0, len(pixel_values), batch_size)
-        parts = [
-            self._compress_batch(pixel_values[start : start + batch_size], counts[start : start + batch_size])
-            for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1)
-        ]
-        keys, values = (torch.cat(tensors) for tensors in zip(*parts))
+        # Without tiles the compressor itself reads pixels
+        read: Any = self._vision.get_vision_features if self._vision is not None else lambda pixels: pixels
+        keys, values = compress_in_batches(
+            read, self._compress_alike, pixel_values, image_sizes, counts, batch_size, show_progress
+        )
         return VoCoCache(keys, values, counts, self.fingerprint())
 
-    def _compress_batch(self, pixel_values: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(tokens, layers, key_value_heads, head_dim)` of the VoCo tokens of a batch of images."""
-        shape = (len(pixel_values), self._signature.heads, max(counts), self._signature.head_dim)
+    def _compress_alike(self, images: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """Keys and values `(tokens, layers, key_value_heads, head_dim)` of the VoCo tokens of images of one length."""
+        shape = (len(images), self._signature.heads, max(counts), self._signature.head_dim)
         presents = self.compressor.run(
-            {"pixel_values": pixel_values, "num_voco_tokens": torch.tensor(max(counts))},
+            {self._signature.images: images, "num_voco_tokens": torch.tensor(max(counts))},
             dict.fromkeys(self._signature.presents, shape),
         )
         wanted = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-        keys, values = (
+        return [
             torch.stack([presents[name] for name in names], dim=1).permute(0, 3, 1, 2, 4)[wanted.to(self.device)]
             for names in (self._signature.presents[::2], self._signature.presents[1::2])
-        )
-        return keys, values
+        ]
 
     def get_compressed_images(
         self,
@@ -263,6 +275,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         num_voco_tokens: int | list[int] | torch.Tensor | None,
         voco_mask: np.ndarray,
         start: int = 0,
+        image_sizes: torch.Tensor | None = None,
         **vision_options,
     ) -> CompressedImages:
         """See [`VoCoLlamaModel.get_compressed_images`]; what the vision tower hands on is fixed in the graph."""
@@ -271,7 +284,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         given: Any = pixel_values if voco_cache is None else voco_cache  # one of both is there
         counts = fit_counts(voco_mask, len(given), num_voco_tokens, voco_cache)
         if voco_cache is None:
-            voco_cache = self.compress(given, counts, show_progress=False)
+            voco_cache = self.compress(given, counts, show_progress=False, image_sizes=image_sizes)
         else:
             check_cache(voco_cache, self.config, self.fingerprint())
         return CompressedImages.place(voco_cache.keys, voco_cache.values, None, counts, voco_mask, start)
@@ -312,6 +325,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs,
     ) -> VoCoLlamaCausalLMOutputWithPast:
         """
@@ -341,7 +355,7 @@ class ORTVoCoLlamaForConditionalGeneration(VoCoLlamaGenerationMixin):
         past_length, (batch_size, length) = past[0][0].shape[2], input_ids.shape
         if pixel_values is not None or voco_cache is not None:
             compressed_images = self.get_compressed_images(
-                pixel_values, voco_cache, num_voco_tokens, voco_mask.cpu().numpy(), past_length
+                pixel_values, voco_cache, num_voco_tokens, voco_mask.cpu().numpy(), past_length, image_sizes
             )
         if attention_mask is None:
             attention_mask = torch.ones(len(input_ids), past_length + length, dtype=torch.long)

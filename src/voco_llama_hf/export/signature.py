@@ -13,10 +13,12 @@ class Signature:
 
     Args:
         text_config ([`~transformers.PreTrainedConfig`]): Configuration of the text model.
+        is_tiled (`bool`, *optional*, defaults to `False`): Whether images are divided into tiles.
     """
 
-    def __init__(self, text_config: PreTrainedConfig):
+    def __init__(self, text_config: PreTrainedConfig, is_tiled: bool = False):
         self.layers, self.heads, self.head_dim = key_value_shape(text_config)
+        self.images = "image_features" if is_tiled else "pixel_values"
         self.presents = [f"present.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
         self.pasts = [name.replace("present", "past_key_values") for name in self.presents]
 
@@ -25,7 +27,7 @@ class Signature:
         Raises:
             ValueError: if the graphs have other inputs or outputs than their configuration asks for.
         """
-        self._check_graph(compressor, "compressor", ["pixel_values", "num_voco_tokens"], self.presents)
+        self._check_graph(compressor, "compressor", [self.images, "num_voco_tokens"], self.presents)
         text = ["input_ids", "attention_mask", "position_ids"]
         self._check_graph(decoder, "decoder", [*text, *self.pasts], ["logits", *self.presents])
         if FINGERPRINT not in compressor.metadata:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .graphs import BATCH, COMPRESSOR, IMAGES, PAST, SEQUENCE, VOCO, Graph
+from .graphs import BATCH, COMPRESSOR, IMAGES, PAST, SEQUENCE, TILES, VISION, VISION_TOKENS, VOCO, Graph
 from .session import TorchSession
 
 
@@ -14,7 +14,12 @@ from .session import TorchSession
 TOLERANCES: dict[str, float | None] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1, "int8": None, "int4": None}
 ABSOLUTE_TOLERANCES = {"fp32": 1e-3}
 SIZES = {
-    COMPRESSOR: [{IMAGES: 1, VOCO: 1}, {IMAGES: 1, VOCO: 8}, {IMAGES: 3, VOCO: 2}],
+    VISION: [{TILES: 1}, {TILES: 5}],
+    COMPRESSOR: [
+        {IMAGES: 1, VOCO: 1, VISION_TOKENS: 4},
+        {IMAGES: 1, VOCO: 8, VISION_TOKENS: 29},
+        {IMAGES: 3, VOCO: 2, VISION_TOKENS: 1},
+    ],
     "decoder": [
         {BATCH: 1, SEQUENCE: 7, PAST: 0},
         {BATCH: 1, SEQUENCE: 1, PAST: 12},

@@ -8,7 +8,8 @@ from transformers import AutoModel
 from transformers.modeling_utils import set_zero3_state
 
 from ..modeling import VoCoLlamaConfig
-from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens, key_value_shape
+from ..modeling.configuration_voco_llama import cache_bytes, key_value_shape
+from ..vision_tokens import count_largest_tiles, count_tile_tokens, count_vision_tokens
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class CostModel:
     def __init__(self, config: VoCoLlamaConfig):
         self.config: Any = config  # a VoCoLlamaConfig, whose parts are of whatever classes they name
         self.num_vision_tokens = count_vision_tokens(config)
+        self.num_tiles = count_largest_tiles(config)
         # Under DeepSpeed's ZeRO-3 the weights of a new model would be shared out among the processes
         with set_zero3_state(), torch.device("meta"):
             model = AutoModel.from_config(config)
@@ -57,14 +59,14 @@ class CostModel:
         return len(config.vision_prefix_token_ids) + self.num_vision_tokens + len(config.vision_suffix_token_ids)
 
     def vision_flops(self) -> int:
-        """Vision tower and projector, for one image."""
+        """Vision tower and projector, for one image of the most vision tokens."""
         vision = self.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         tokens = patches + (vision.model_type == "clip_vision_model")
         embedding = 2 * patches * vision.hidden_size * vision.num_channels * vision.patch_size**2
         attention = 4 * tokens**2 * vision.hidden_size * vision.num_hidden_layers
-        projector = 2 * self.num_vision_tokens * self.projector_weights
-        return embedding + 2 * tokens * self.vision_weights + attention + projector
+        projector = 2 * count_tile_tokens(self.config) * self.projector_weights
+        return self.num_tiles * (embedding + 2 * tokens * self.vision_weights + attention + projector)
 
     def text_flops(self, num_tokens: int, num_cached: int = 0) -> int:
         """One pass of the language model over new tokens behind some that are cached, without its head."""

@@ -14,13 +14,14 @@ import ray
 from ray.exceptions import RayError
 
 from ..modeling import VoCoCache
-from ..modeling.configuration_voco_llama import cache_bytes, count_vision_tokens
+from ..modeling.configuration_voco_llama import cache_bytes
 from ..store import Content, VoCoStore
 from ..store.archives import Archive, File, read_source, read_table
 from ..store.compressor import Item, Outcome, VoCoCompressor
 from ..store.indexing import Indexed
 from ..store.shards import write_shard
 from ..videos import is_video
+from ..vision_tokens import count_vision_tokens
 
 
 if TYPE_CHECKING:

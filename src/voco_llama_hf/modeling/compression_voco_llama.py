@@ -13,6 +13,7 @@ from .injection_voco_llama import CompressedImages, CompressionCache
 from .layout_voco_llama import find_starts, per_image_counts, resolve_num_voco_tokens
 from .rotation_voco_llama import check_rotation, rotate_keys
 from .runtime_voco_llama import execution_device
+from .tiles_voco_llama import split_tiles
 from .two_stages_voco_llama import compress_images, compress_segments
 
 
@@ -27,7 +28,7 @@ class VoCoLlamaCompressionMixin:
     embed_ids: Callable[[list[int]], torch.Tensor]
     language_model: Any  # of whatever class the configuration names
     get_input_embeddings: Callable[[], torch.nn.Module]
-    get_vision_features: Callable[..., torch.Tensor]
+    get_vision_features: Callable[..., Any]  # a tensor, or a list of tensors
     training: bool
     _fingerprint: FingerprintMemo
     _rotation_is_checked: bool
@@ -47,6 +48,8 @@ class VoCoLlamaCompressionMixin:
         batch_size: int = COMPRESSION_BATCH_SIZE,
         show_progress: bool = True,
         exact: bool = True,
+        image_sizes: torch.Tensor | None = None,
+        num_voco_tokens_per_tile: int | None = None,
     ) -> VoCoCache:
         """
         Compresses images for later questions.
@@ -54,7 +57,8 @@ class VoCoLlamaCompressionMixin:
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, or an `Iterable` of such tensors):
                 Preprocessed images. An iterable is read as it is compressed: of a long video nothing but the VoCo
-                tokens is ever held, see [`VoCoLlamaProcessor.iter_pixel_values`].
+                tokens is ever held, see [`VoCoLlamaProcessor.iter_pixel_values`]. Images that are divided into tiles
+                have the shape `(num_images, num_tiles, 3, height, width)`, and `image_sizes`.
             num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
                 VoCo tokens of every image, or of each (not for an iterable); `config.num_voco_tokens` by default.
             batch_size (`int`, *optional*, defaults to 16):
@@ -64,17 +68,35 @@ class VoCoLlamaCompressionMixin:
             exact (`bool`, *optional*, defaults to `True`):
                 Whether to read all weights for the fingerprint, see [`~VoCoLlamaModel.fingerprint`]: 0.4 seconds a
                 gigabyte on a CPU, which a program that compresses often and changes no weight can save.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                Height and width of each image before it was divided into tiles.
+            num_voco_tokens_per_tile (`int`, *optional*):
+                VoCo tokens of every tile, instead of `num_voco_tokens` of every image: each tile, and the one that
+                shows all of the image, is compressed on its own, and is an entry of its own.
 
         Returns:
-            [`VoCoCache`]: one entry an image.
+            [`VoCoCache`]: one entry an image, or a tile.
 
         Raises:
             ValueError: if there is no image, or `num_voco_tokens` does not fit the images.
         """
+        if num_voco_tokens_per_tile is not None:
+            if num_voco_tokens is not None or self.config.image_grid_pinpoints is None or image_sizes is None:
+                raise ValueError(
+                    "num_voco_tokens_per_tile takes the place of num_voco_tokens, and needs pixel_values and "
+                    "image_sizes of images that were divided into tiles"
+                )
+            tiles: Any = pixel_values
+            pixel_values, image_sizes, _ = split_tiles(tiles, image_sizes, self.config.image_grid_pinpoints)
+            num_voco_tokens = num_voco_tokens_per_tile
         if not isinstance(pixel_values, torch.Tensor):
+            if image_sizes is not None:
+                raise ValueError("image_sizes are those of a tensor: an iterable is of frames, which are not divided")
             return self._compress_stream(pixel_values, num_voco_tokens, batch_size, show_progress, exact)
         fingerprint = self.fingerprint(exact)
-        return self._compress_tensor(pixel_values, num_voco_tokens, batch_size, show_progress, fingerprint)
+        return self._compress_tensor(
+            pixel_values, num_voco_tokens, batch_size, show_progress, fingerprint, image_sizes
+        )
 
     def _compress_tensor(
         self,
@@ -83,13 +105,14 @@ class VoCoLlamaCompressionMixin:
         batch_size: int,
         show_progress: bool,
         fingerprint: Fingerprint,
+        image_sizes: torch.Tensor | None = None,
     ) -> VoCoCache:
         if len(pixel_values) == 0:
             raise ValueError("compress needs at least one image")
         self._check_rotation()
         wanted = self.config.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
         counts = per_image_counts(wanted, len(pixel_values))
-        keys, values, _ = compress_images(self, pixel_values, counts, batch_size, show_progress)
+        keys, values, _ = compress_images(self, pixel_values, counts, batch_size, show_progress, image_sizes)
         # Under autocast rotated keys come in float32
         return VoCoCache(keys.to(values.dtype), values, counts, fingerprint)
 
@@ -139,6 +162,8 @@ class VoCoLlamaCompressionMixin:
                 True at the `<voco>` tokens of these images, and nowhere else.
             start (`int`, *optional*, defaults to 0):
                 Column of the whole sequence at which the mask begins.
+            vision_options:
+                What [`VoCoLlamaModel.get_vision_features`] takes beside `pixel_values`.
 
         Raises:
             ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, or another model has made

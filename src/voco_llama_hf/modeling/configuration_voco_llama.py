@@ -4,11 +4,11 @@ from .compat_voco_llama import VERSION  # noqa: F401
 
 
 # isort: split
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig, PreTrainedConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, PreTrainedConfig
 
 from .pipeline_voco_llama import register_pipeline
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Of those whose vision side divides images into tiles
+BASE_CONFIGS = {"llava_next": LlavaNextConfig, "llava_onevision": LlavaOnevisionConfig}
 
 
 @strict
@@ -42,9 +44,16 @@ class VoCoLlamaConfig(LlavaConfig):
         attention_mode (`str`, *optional*, defaults to `"voco"`):
             What text attends to: `"voco"` (VoCo tokens and text, paper Eq. 3), `"causal"` (everything before it, the
             upper bound of Table 1) or `"uncompressed"` (the vision tokens alone, as in LLaVA; the teacher of Eq. 5).
+        base_model_type (`str`, *optional*, defaults to `"llava"`):
+            Model of transformers whose vision side this is: `"llava"`, `"llava_next"` or `"llava_onevision"`.
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            Heights and widths that images are divided into tiles at, as of [`~transformers.LlavaNextConfig`] and
+            [`~transformers.LlavaOnevisionConfig`], whose own is the default. Not for `"llava"`.
+        vision_aspect_ratio (`str`, *optional*):
+            As of [`~transformers.LlavaOnevisionConfig`], `"anyres_max_9"` by default. For `"llava_onevision"` only.
 
     Raises:
-        ValueError: if `num_voco_tokens` is below 1.
+        ValueError: if `num_voco_tokens` is below 1, or `image_grid_pinpoints` does not fit the vision tower.
 
     Example:
 
@@ -63,6 +72,9 @@ class VoCoLlamaConfig(LlavaConfig):
     vision_prefix_token_ids: list[int] | None = None
     vision_suffix_token_ids: list[int] | None = None
     attention_mode: Literal["voco", "causal", "uncompressed"] = "voco"
+    base_model_type: Literal["llava", "llava_next", "llava_onevision"] = "llava"
+    image_grid_pinpoints: list | None = None
+    vision_aspect_ratio: str | None = None
 
     def __post_init__(self, **kwargs):
         if "image_token_id" in kwargs:
@@ -71,6 +83,10 @@ class VoCoLlamaConfig(LlavaConfig):
             self.vision_prefix_token_ids = [1]
         if self.vision_suffix_token_ids is None:
             self.vision_suffix_token_ids = [13]
+        if self.image_grid_pinpoints is None and self.base_model_type in BASE_CONFIGS:
+            self.image_grid_pinpoints = BASE_CONFIGS[self.base_model_type]().image_grid_pinpoints
+        if self.vision_aspect_ratio is None and self.base_model_type == "llava_onevision":
+            self.vision_aspect_ratio = LlavaOnevisionConfig().vision_aspect_ratio
         super().__post_init__(**kwargs)
         # Written in full whichever class is saved, so that every Auto class finds its code on the Hub
         self.auto_map = {
@@ -86,19 +102,31 @@ class VoCoLlamaConfig(LlavaConfig):
         if self.num_voco_tokens < 1:
             raise ValueError(f"num_voco_tokens must be at least 1, got {self.num_voco_tokens}")
 
+    def validate_image_grid_pinpoints(self):
+        """Part of `@strict`-powered validation."""
+        grid, size = self.image_grid_pinpoints, getattr(self.vision_config, "image_size", None)
+        if self.base_model_type not in BASE_CONFIGS:
+            if grid is not None or self.vision_aspect_ratio is not None:
+                raise ValueError(
+                    f'base_model_type="{self.base_model_type}" divides no images: image_grid_pinpoints and '
+                    "vision_aspect_ratio must be None"
+                )
+        elif not grid or any(not is_resolution(pair) or pair[0] % size or pair[1] % size for pair in grid):
+            raise ValueError(
+                f"image_grid_pinpoints must be a list of heights and widths that are multiples of {size}, the "
+                f"image_size of the vision tower, got {grid}"
+            )
+
+
+def is_resolution(pair: object) -> bool:
+    """Whether this is a height and a width."""
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)
+
 
 def key_value_shape(text_config: PreTrainedConfig) -> tuple[int, int, int]:
     """Layers, key-value heads and head size of a text model."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return text_config.num_hidden_layers, text_config.num_key_value_heads, head_dim
-
-
-def count_vision_tokens(config: "VoCoLlamaConfig") -> int:
-    """Vision tokens of an image, which its VoCo tokens stand for."""
-    vision: Any = config.vision_config  # of whatever class the vision tower has
-    patches = (vision.image_size // vision.patch_size) ** 2
-    has_class_token = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
-    return patches + has_class_token
 
 
 def cache_bytes(config: "VoCoLlamaConfig", num_tokens: int, dtype: torch.dtype) -> int:

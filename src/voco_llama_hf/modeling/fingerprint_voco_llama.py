@@ -54,6 +54,8 @@ LEFT_OUT_SETTINGS = {
     *("attention_mode", "num_voco_tokens", "image_seq_length", "projection_dim", "quantization_config"),
     *("voco_token_id", "vision_prefix_token_ids", "vision_suffix_token_ids"),  # have entries of their own
 }
+# Settings of what LLaVA itself has not; left out where they say that it has not, as models of before they existed do
+ABSENT = {"base_model_type": "llava", "image_grid_pinpoints": None, "vision_aspect_ratio": None}
 POSITION_LIMIT = "max_position_embeddings"  # matters to some kinds of rotation only
 LIMITLESS_ROPE = ("default", "linear")
 LEFT_OUT_IMAGE_SETTINGS = {
@@ -210,6 +212,7 @@ def compression_settings(config: PreTrainedConfig) -> dict[str, Any]:
         name: compression_settings(value) if isinstance(value, PreTrainedConfig) else value
         for name, value in vars(config).items()
         if name not in left_out and name[0] != "_" and "dropout" not in name
+        if name not in ABSENT or value != ABSENT[name]
     }
 
 

@@ -39,6 +39,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
         attention_mode: str | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs,
     ):
         """
@@ -52,6 +53,8 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
                 The images compressed already, instead of `pixel_values`.
             num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
                 VoCo tokens of every image, or of each. By default the `<voco>` tokens are divided evenly.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                See [`VoCoLlamaModel.forward`].
 
         Raises:
             ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, a prompt ends with a cached image,
@@ -81,6 +84,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
                 pixel_values,
                 voco_cache,
                 num_voco_tokens,
+                image_sizes,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
             )
@@ -101,6 +105,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None,
         voco_cache: VoCoCache | None,
         num_voco_tokens: int | list[int] | torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
         **vision_options,
     ) -> CompressedImages | None:
         """The images that the cache of earlier turns does not hold yet."""
@@ -128,6 +133,8 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
             return None
         new = given if len(images) == len(given) else given[images]
         pixels, cached = (new, None) if voco_cache is None else (None, new)
+        if pixels is not None and image_sizes is not None:
+            vision_options["image_sizes"] = image_sizes[images]
         return self.get_compressed_images(pixels, cached, counts, voco_mask[:, seen:], num_cached, **vision_options)
 
     def prepare_inputs_for_generation(  # type: ignore[override]

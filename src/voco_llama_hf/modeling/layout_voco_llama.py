@@ -145,10 +145,12 @@ class ExpandedLayout:
         short (`torch.LongTensor` of shape `(batch_size, short_length)`):
             Place of each token of the short sequence. Without VoCo tokens in the long sequence (`"uncompressed"`)
             theirs are the last vision tokens, so that the last VoCo token reads what precedes the text.
-        prefix, vision, suffix (`torch.LongTensor` of shape `(num_prefixed, P)`, `(num_images, V)`, `(num_images, S)`):
-            Places of the tokens that were inserted.
+        prefix, suffix (`torch.LongTensor` of shape `(num_prefixed, P)` and `(num_images, S)`):
+            Places of the tokens that were inserted around the vision tokens.
         prefix_rows (`torch.LongTensor` of shape `(num_prefixed,)`):
             Rows of the batch of `prefix`: in `"uncompressed"` mode only rows that start with an image have one.
+        vision, vision_images (`torch.LongTensor` of shape `(num_vision_tokens,)`):
+            Places of the vision tokens of all images, image after image, and the image of each.
     """
 
     length: int
@@ -156,13 +158,23 @@ class ExpandedLayout:
     prefix: torch.Tensor
     prefix_rows: torch.Tensor
     vision: torch.Tensor
+    vision_images: torch.Tensor
     suffix: torch.Tensor
 
     @classmethod
     def build(
-        cls, runs: VoCoRuns, attention_mask: torch.Tensor, num_prefix: int, num_vision: int, num_suffix: int, mode: str
+        cls,
+        runs: VoCoRuns,
+        attention_mask: torch.Tensor,
+        num_prefix: int,
+        num_vision: list[int],
+        num_suffix: int,
+        mode: str,
     ) -> "ExpandedLayout":
-        """Lays out the long sequence for one attention mode; `attention_mask` is that of the short sequence."""
+        """
+        Lays out the long sequence for one attention mode; `attention_mask` is that of the short sequence, `num_vision`
+        one number an image.
+        """
         batch_size, short_length = attention_mask.shape
         device = attention_mask.device
         if mode == "uncompressed":
@@ -171,24 +183,30 @@ class ExpandedLayout:
             num_suffix, removed = 0, runs.counts
         else:
             has_prefix, removed = torch.ones_like(runs.starts, dtype=torch.bool), torch.zeros_like(runs.counts)
-        inserted = has_prefix * num_prefix + num_vision + num_suffix
+        lengths = torch.tensor(num_vision, dtype=torch.long, device=device)
+        inserted = has_prefix * num_prefix + lengths + num_suffix
 
         shift = torch.zeros(batch_size, short_length + 1, dtype=torch.long, device=device)
         shift = shift.index_put((runs.rows, runs.starts), inserted, accumulate=True)
         shift = shift.index_put((runs.rows, runs.starts + runs.counts), -removed, accumulate=True).cumsum(-1)
         short = torch.arange(short_length, device=device) + shift[:, :-1]
         begin = short[runs.rows, runs.starts] - inserted
-        vision = (begin + has_prefix * num_prefix)[:, None] + torch.arange(num_vision, device=device)
+        behind = begin + has_prefix * num_prefix + lengths  # the vision tokens
+        total = sum(num_vision)
+        vision_images = torch.arange(len(num_vision), device=device).repeat_interleave(lengths, output_size=total)
+        vision = torch.arange(total, device=device) + (behind - lengths.cumsum(0))[vision_images]
         if mode == "uncompressed":
-            from_end = (runs.counts[runs.token_images] - runs.token_offsets).clamp(max=num_vision)
-            short[runs.token_rows, runs.token_columns] = vision[runs.token_images, -1] + 1 - from_end
+            from_end = runs.counts[runs.token_images] - runs.token_offsets
+            from_end = torch.minimum(from_end, lengths[runs.token_images])
+            short[runs.token_rows, runs.token_columns] = behind[runs.token_images] - from_end
         return cls(
             length=short_length + int(shift[:, -1].max()),
             short=short,
             prefix=begin[has_prefix, None] + torch.arange(num_prefix, device=device),
             prefix_rows=runs.rows[has_prefix],
             vision=vision,
-            suffix=vision[:, -1:] + 1 + torch.arange(num_suffix, device=device),
+            vision_images=vision_images,
+            suffix=behind[:, None] + torch.arange(num_suffix, device=device),
         )
 
     def attention_mask(self, short_mask: torch.Tensor, runs: VoCoRuns) -> torch.Tensor:
@@ -196,7 +214,7 @@ class ExpandedLayout:
         mask = torch.zeros(short_mask.shape[0], self.length, dtype=torch.bool, device=short_mask.device)
         mask.scatter_(1, self.short, short_mask.bool())
         mask[self.prefix_rows[:, None], self.prefix] = True
-        mask[runs.rows[:, None], self.vision] = True
+        mask[runs.rows[self.vision_images], self.vision] = True
         mask[runs.rows[:, None], self.suffix] = True
         return mask
 
@@ -204,8 +222,9 @@ class ExpandedLayout:
         """`segment_ids` and `readable` of [`voco_mask_function`], both of shape `(batch_size, length)`."""
         segment_ids = torch.zeros(batch_size, self.length, dtype=torch.long, device=self.short.device)
         number = torch.arange(1, len(runs.rows) + 1, device=self.short.device)
-        for places in (self.prefix, self.vision, self.suffix):
+        for places in (self.prefix, self.suffix):
             segment_ids[runs.rows[:, None], places] = number[:, None]
+        segment_ids[runs.rows[self.vision_images], self.vision] = number[self.vision_images]
         readable = segment_ids == 0
         voco = self.short[runs.token_rows, runs.token_columns]
         segment_ids[runs.token_rows, voco] = number[runs.token_images]
@@ -219,10 +238,10 @@ class ExpandedLayout:
         positions = torch.zeros(
             short_positions.shape[0], self.length, dtype=torch.long, device=short_positions.device
         ).scatter(1, self.short, short_positions)
-        inserted = torch.cat([self.prefix, self.vision, self.suffix], dim=-1)
-        first_voco = short_positions[runs.rows, runs.starts]
-        below = torch.arange(-inserted.shape[1], 0, device=short_positions.device)
-        positions[runs.rows[:, None], inserted] = first_voco[:, None] + below
+        below = (short_positions - self.short)[runs.rows, runs.starts]
+        for places in (self.prefix, self.suffix):
+            positions[runs.rows[:, None], places] = places + below[:, None]
+        positions[runs.rows[self.vision_images], self.vision] = self.vision + below[self.vision_images]
         return positions
 
 
@@ -230,10 +249,9 @@ class ExpandedLayout:
 def lay_out(
     voco_mask: torch.Tensor,
     num_voco_tokens: int | list[int] | torch.Tensor | None,
-    num_images: int,
     attention_mask: torch.Tensor,
     num_prefix: int,
-    num_vision: int,
+    num_vision: list[int],
     num_suffix: int,
     mode: str,
 ) -> tuple[VoCoRuns, ExpandedLayout]:
@@ -246,15 +264,17 @@ def lay_out(
             True at `<voco>` tokens, and at tokens that are no padding.
         num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
             VoCo tokens of every image, or of each.
-        num_images, num_prefix, num_vision, num_suffix (`int`):
-            Images of the batch, and tokens that each brings along.
+        num_prefix, num_suffix (`int`):
+            Tokens that every image brings along.
+        num_vision (`list[int]`):
+            Vision tokens of each image.
         mode (`str`):
             `"voco"`, `"causal"` or `"uncompressed"`.
 
     Raises:
         ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit.
     """
-    runs = VoCoRuns.find(voco_mask, resolve_num_voco_tokens(num_voco_tokens, num_images, int(voco_mask.sum())))
+    runs = VoCoRuns.find(voco_mask, resolve_num_voco_tokens(num_voco_tokens, len(num_vision), int(voco_mask.sum())))
     return runs, ExpandedLayout.build(runs, attention_mask, num_prefix, num_vision, num_suffix, mode)
 
 

@@ -26,21 +26,26 @@ from .configuration_voco_llama import VoCoLlamaConfig, check_text_config
 from .fingerprint_voco_llama import Fingerprint, FingerprintMemo
 from .generation_voco_llama import VoCoLlamaGenerationMixin, num_seen_tokens
 from .injection_voco_llama import CompressedImages
+from .llava_next_voco_llama import LlavaNextImages
+from .llava_onevision_voco_llama import LlavaOnevisionImages
 from .outputs_voco_llama import VoCoLlamaCausalLMOutputWithPast, VoCoLlamaModelOutputWithPast
 from .runtime_voco_llama import execution_device
 from .single_pass_voco_llama import run_single_pass
+from .tiles_voco_llama import TiledImages, init_newline
 from .two_stages_voco_llama import run_second_stage
 
 
 ATTENTION_MODES = ("voco", "causal", "uncompressed")
 # Arguments of LLaVA that have no meaning here, and must not vanish among those of the text model
 UNSUPPORTED = {
-    "image_sizes": "it is for vision towers that take images of any size",
     "mm_encoder_outputs": "pass compressed images as a voco_cache",
 }
 
 # Checkpoints of the first LLaVA classes name their weights in an older way
-for name, llava_name in (("voco_llama", "llava"), ("VoCoLlamaModel", "LlavaModel")):
+for name, llava_name in (
+    ("voco_llama", "llava_next"),
+    *((name, "LlavaModel") for name in ("VoCoLlamaModel", "VoCoLlamaNextModel", "VoCoLlamaOnevisionModel")),
+):
     register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping(llava_name), overwrite=True)
 
 
@@ -55,15 +60,26 @@ class VoCoLlamaPreTrainedModel(LlavaPreTrainedModel):
         """
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, TiledImages):
+            init_newline(module)
+
 
 class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaModel):
     """
     The VoCo-LLaMA model without a language modeling head. Submodules and parameter names are those of
-    [`~transformers.LlavaModel`].
+    [`~transformers.LlavaModel`]; one whose `config.base_model_type` is another is of a subclass of its own.
 
     Raises:
         ValueError: if compressed images cannot be moved to other positions with the text model of `config`.
     """
+
+    def __new__(cls, config: VoCoLlamaConfig | None = None, *args, **kwargs):
+        # Copies are made without a configuration, and of the class that they are of
+        chosen = cls if config is None or cls is not VoCoLlamaModel else MODELS[config.base_model_type]
+        return super().__new__(chosen)
 
     def __init__(self, config: VoCoLlamaConfig):
         check_text_config(config.text_config)  # type: ignore[arg-type]
@@ -72,23 +88,34 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         self._rotation_is_checked = False
 
     def get_vision_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-    ) -> torch.Tensor:
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor | list[torch.Tensor]:
         """
         Vision tokens in the embedding space of the text model: what LLaVA puts into the sequence.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
                 Preprocessed images.
-            vision_feature_layer, vision_feature_select_strategy (*optional*):
-                Instead of what the configuration says.
+            image_sizes (`torch.LongTensor`, *optional*):
+                For models that divide images into tiles, see [`TiledImages`].
+            options:
+                `vision_feature_layer` and `vision_feature_select_strategy`, instead of what the configuration says.
 
         Returns:
-            `torch.Tensor` of shape `(num_images, V, hidden_size)`.
+            `torch.Tensor` of shape `(num_images, V, hidden_size)`; a list of `(V, hidden_size)` where images have
+            numbers of their own.
         """
+        if image_sizes is not None:
+            raise ValueError("VoCo-LLaMA does not take image_sizes: this model's images are squares of one size")
+        return self.get_tile_features(pixel_values, **options)
+
+    def get_tile_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> torch.Tensor:
+        """The same of squares of one size: `(num_images, V, hidden_size)`."""
         # As LlavaModel.get_image_features does, whose list of images would fix their number in an exported graph
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
@@ -136,6 +163,7 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         cache: Cache | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs,
     ) -> VoCoLlamaModelOutputWithPast:
         """
@@ -167,6 +195,9 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
                 The images compressed already and where they stand in the whole sequence, as `generate` hands them on.
             vision_feature_layer, vision_feature_select_strategy (*optional*):
                 See [`~transformers.LlavaConfig`], which says them by default.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                Height and width of each image before it was divided into tiles, as the processor returns them.
+                `pixel_values` then has the shape `(num_images, num_tiles, 3, height, width)`, see [`TiledImages`].
 
         Returns:
             [`VoCoLlamaModelOutputWithPast`], aligned with the short sequence.
@@ -195,6 +226,7 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         vision_options: dict[str, Any] = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes,
         }
 
         if pixel_values is not None and not two_stages:
@@ -258,6 +290,18 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         return needs_stages if two_stages is None else two_stages
 
 
+class VoCoLlamaNextModel(LlavaNextImages, VoCoLlamaModel):
+    """[`VoCoLlamaModel`] with the vision side of [`~transformers.LlavaNextModel`]."""
+
+
+class VoCoLlamaOnevisionModel(LlavaOnevisionImages, VoCoLlamaModel):
+    """[`VoCoLlamaModel`] with the vision side of [`~transformers.LlavaOnevisionModel`]."""
+
+
+# By `base_model_type`
+MODELS = {"llava": VoCoLlamaModel, "llava_next": VoCoLlamaNextModel, "llava_onevision": VoCoLlamaOnevisionModel}
+
+
 class VoCoLlamaForConditionalGeneration(
     VoCoLlamaGenerationMixin, VoCoLlamaPreTrainedModel, LlavaForConditionalGeneration
 ):
@@ -319,6 +363,7 @@ class VoCoLlamaForConditionalGeneration(
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         cache: Cache | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs,
     ) -> VoCoLlamaCausalLMOutputWithPast:
         """
@@ -353,6 +398,7 @@ class VoCoLlamaForConditionalGeneration(
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             cache=past_key_values if cache is None else cache,
+            image_sizes=image_sizes,
             return_dict=True,
             **kwargs,
         )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+OWN = ("num_voco_tokens", "num_voco_tokens_per_tile", "num_tiles")
 SAMPLING = ("num_frames", "fps", "do_sample_frames")
 
 
@@ -21,9 +22,15 @@ class VoCoLlamaImagesKwargs(ImagesKwargs, total=False):
     """
     num_voco_tokens (`int` or `list[int]`, *optional*):
         VoCo tokens of every image, or of each.
+    num_voco_tokens_per_tile (`int`, *optional*):
+        VoCo tokens of every tile, instead.
+    num_tiles (`int` or `list[int]`, *optional*):
+        Tiles that each image of a `voco_cache` was compressed in.
     """
 
     num_voco_tokens: int | list[int] | None
+    num_voco_tokens_per_tile: int | None
+    num_tiles: int | list[int] | None
 
 
 class VoCoLlamaProcessorKwargs(ProcessingKwargs, TextKwargs, VoCoLlamaImagesKwargs, total=False):  # type: ignore[misc]
@@ -52,10 +59,17 @@ class ProcessorOptions:
     images: dict[str, Any]
     sampling: dict[str, Any]
     num_voco_tokens: int | list[int] | None
+    num_voco_tokens_per_tile: int | None
+    num_tiles: int | list[int] | None
     return_num_voco_tokens: bool | None
     return_text_replacement_offsets: bool
     return_mm_token_type_ids: bool
     return_tensors: str | None
+
+    @property
+    def numbers(self) -> int | list[int] | None:
+        """VoCo tokens of every image, or of each, where a tile may be one."""
+        return self.num_voco_tokens if self.num_voco_tokens_per_tile is None else self.num_voco_tokens_per_tile
 
     @classmethod
     def sort(cls, kwargs: Mapping[str, Any], processor: "VoCoLlamaProcessor") -> "ProcessorOptions":
@@ -64,7 +78,7 @@ class ProcessorOptions:
         what nobody takes is warned of.
 
         Raises:
-            ValueError: if one is given twice, or there is audio.
+            ValueError: if one is given twice, two exclude each other, or there is audio.
         """
         flat = dict(kwargs)
         if flat.pop("audio", None) is not None:
@@ -89,8 +103,10 @@ class ProcessorOptions:
         text = {**{name: getattr(tokenizer, name, value) for name, value in stored.items()}, **parts["text"]}
         images = parts["images"]
         validate_typed_dict(TextKwargs, text)  # type: ignore[type-var]
-        counts = images.pop("num_voco_tokens", None)
-        validate_typed_dict(VoCoLlamaImagesKwargs, {"num_voco_tokens": counts})  # type: ignore[type-var]
+        numbers = {name: images.pop(name, None) for name in OWN}
+        validate_typed_dict(VoCoLlamaImagesKwargs, numbers)  # type: ignore[type-var]
+        if numbers["num_voco_tokens"] is not None and numbers["num_voco_tokens_per_tile"] is not None:
+            raise ValueError("pass num_voco_tokens of an image, or num_voco_tokens_per_tile, not both")
         return cls(
             return_text_replacement_offsets=bool(text.pop("return_text_replacement_offsets", False)),
             return_mm_token_type_ids=bool(text.pop("return_mm_token_type_ids", False)),
@@ -98,7 +114,7 @@ class ProcessorOptions:
             text=text,
             images=images,
             sampling={name: value for name, value in parts["videos"].items() if name in SAMPLING},
-            num_voco_tokens=counts,
+            **numbers,
             return_num_voco_tokens=return_num_voco_tokens,
         )
 

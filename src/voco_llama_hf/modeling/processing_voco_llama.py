@@ -20,6 +20,8 @@ from .cache_voco_llama import MAX_VOCO_TOKENS, VoCoCache
 from .images_voco_llama import load_images, warn_if_scaled
 from .layout_voco_llama import per_image_counts
 from .options_voco_llama import ProcessorOptions, VoCoLlamaProcessorKwargs
+from .placeholders_voco_llama import group_cached
+from .tiled_processing_voco_llama import count_voco_tokens, divides_images, process_tiles
 from .video_voco_llama import load_videos
 
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .files_voco_llama import written_aside  # noqa: F401
     from .fingerprint_voco_llama import Fingerprint  # noqa: F401
     from .pipeline_voco_llama import register_pipeline  # noqa: F401
+    from .runtime_voco_llama import awake  # noqa: F401
+    from .tiles_voco_llama import TiledImages  # noqa: F401
     from .weights_voco_llama import EffectiveWeights  # noqa: F401
 
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping")
@@ -133,6 +137,11 @@ class VoCoLlamaProcessor(ProcessorMixin):
                 The images and frames compressed already, instead of `images` and `videos`.
             num_voco_tokens (`int` or `list[int]`, *optional*):
                 VoCo tokens of every image, or of each; the frames of a video are images.
+            num_voco_tokens_per_tile (`int`, *optional*):
+                For an image processor that divides images into tiles: VoCo tokens of every tile and of the one that
+                shows all of an image, each compressed on its own, instead of `num_voco_tokens` for all of them.
+            num_tiles (`int` or `list[int]`, *optional*):
+                With a `voco_cache` of tiles: how many of its entries each `<image>` stands for.
             return_num_voco_tokens (`bool`, *optional*):
                 Whether to return `num_voco_tokens`; by default what `processor.return_num_voco_tokens` says.
             num_frames, fps (`int` and `float`, *optional*):
@@ -145,8 +154,9 @@ class VoCoLlamaProcessor(ProcessorMixin):
                 What the image processor and the tokenizer take, flat or as `images_kwargs` and `text_kwargs`.
 
         Returns:
-            [`~transformers.BatchFeature`] with `input_ids`, `attention_mask`, `pixel_values` and `num_voco_tokens`
-            (one number an image or frame), which [`VoCoLlamaForConditionalGeneration.generate`] takes as they are.
+            [`~transformers.BatchFeature`] with `input_ids`, `attention_mask`, `pixel_values`, `num_voco_tokens` (one
+            number an image, frame or tile) and, where images are divided into tiles, `image_sizes`, which
+            [`VoCoLlamaForConditionalGeneration.generate`] takes as they are.
 
         Raises:
             ValueError: if images and `<image>` tokens or videos and `<video>` tokens do not match, an image or a
@@ -157,21 +167,26 @@ class VoCoLlamaProcessor(ProcessorMixin):
         if texts is None and images is None and videos is None:
             raise ValueError("pass text, images or videos: there is nothing to process")
         placeholders = self._find_placeholders(texts)
+        pixels: dict[str, Any] = {}
         if voco_cache is None:
-            pictures, groups = self._load(images, videos, placeholders, options.sampling)
-            counts = self._counts(options.num_voco_tokens, len(pictures))
+            pictures, groups, are_frames = self._load(images, videos, placeholders, options.sampling)
+            apart = options.num_voco_tokens_per_tile is not None
+            pixels, numbers = self._process(pictures, are_frames, apart, **options.images)
+            by_picture = iter(numbers)
+            groups = [sum(islice(by_picture, size)) for size in groups]
+            counts = self._counts(options.numbers, sum(numbers))
         elif images is not None or videos is not None:
             raise ValueError("pass images and videos either as they are or as a voco_cache, not both")
         else:
-            pictures, counts = [], voco_cache.resolve(options.num_voco_tokens)
-            groups = self._group_cached(placeholders, len(voco_cache), options.sampling.get("num_frames"))
+            counts = voco_cache.resolve(options.numbers)
+            kinds = [str(match.lastgroup) for row in placeholders or [] for match in row]
+            groups = group_cached(kinds, len(voco_cache), options.sampling.get("num_frames"), options.num_tiles)
         outputs: dict[str, Any] = {}
         offsets: list[list[dict]] = []
         if texts is not None and placeholders is not None:
             texts, offsets = self._expand(texts, placeholders, groups, counts)
             outputs |= self._tokenize(texts, options)
-        if pictures:
-            outputs |= self._process(pictures, **options.images)
+        outputs |= pixels
         if counts and self._returns_counts(options.return_num_voco_tokens, counts):
             outputs["num_voco_tokens"] = counts
         batch = BatchFeature(outputs, tensor_type=options.return_tensors)
@@ -203,14 +218,18 @@ class VoCoLlamaProcessor(ProcessorMixin):
         videos: VideoInput | None,
         placeholders: list[list[re.Match]] | None,
         sampling: dict[str, Any],
-    ) -> tuple[list[Any], list[int]]:
-        """Images and frames in the order of their placeholders, and how many each placeholder stands for."""
+    ) -> tuple[list[Any], list[int], list[bool]]:
+        """
+        Images and frames in the order of their placeholders, how many each placeholder stands for, and which are
+        frames.
+        """
         pictures = [] if images is None else load_images(images)
         clips = []
         if videos is not None:
             clips = [load_images(clip) for clip in load_videos(videos, default_num_frames=self.num_frames, **sampling)]
         if placeholders is None:
-            return [*pictures, *(frame for clip in clips for frame in clip)], []
+            frames = [frame for clip in clips for frame in clip]
+            return [*pictures, *frames], [], [False] * len(pictures) + [True] * len(frames)
         kinds = [match.lastgroup for row in placeholders for match in row]
         for token, kind, number, given in (
             (self.image_token, "image", len(pictures), images),
@@ -221,29 +240,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
                 raise ValueError(f"the text has {found} {token} tokens, but {passed} {kind}s were passed")
         stills, films = iter(pictures), iter(clips)
         ordered = [[next(stills)] if kind == "image" else next(films) for kind in kinds]
-        return [picture for group in ordered for picture in group], [len(group) for group in ordered]
-
-    def _group_cached(
-        self, placeholders: list[list[re.Match]] | None, num_cached: int, num_frames: int | list[int] | None
-    ) -> list[int]:
-        """How many compressed images each placeholder stands for: what no `<image>` stands for are frames."""
-        kinds = [match.lastgroup for row in placeholders or [] for match in row]
-        num_images, num_videos = kinds.count("image"), kinds.count("video")
-        total = num_cached - num_images
-        if num_videos == 0 and total != 0:
-            raise ValueError(
-                f"the text has {num_images} {self.image_token} tokens, but the voco_cache has {num_cached} images"
-            )
-        if num_frames is None:
-            num_frames = max(total, 0) // max(num_videos, 1)
-        frames = [num_frames] * num_videos if isinstance(num_frames, int) else list(num_frames)
-        if num_videos and (len(frames) != num_videos or sum(frames) != total or min(frames) < 1):
-            raise ValueError(
-                f"{num_videos} {self.video_token} tokens of {frames} frames and {num_images} {self.image_token} "
-                f"tokens do not fit a voco_cache of {num_cached} images: pass num_frames, one number a video"
-            )
-        films = iter(frames)
-        return [1 if kind == "image" else next(films) for kind in kinds]
+        are_frames = [kind == "video" for kind, group in zip(kinds, ordered) for _ in group]
+        return [picture for group in ordered for picture in group], [len(group) for group in ordered], are_frames
 
     def _counts(self, num_voco_tokens: int | list[int] | None, num_images: int) -> list[int]:
         """VoCo tokens of each image."""
@@ -332,10 +330,19 @@ class VoCoLlamaProcessor(ProcessorMixin):
             offsets.append(blank + row if side == "left" else row + blank)
         return {**padded, "offset_mapping": offsets}
 
-    def _process(self, pictures: list[Any], **kwargs: Any) -> BatchFeature:
+    def _process(
+        self, pictures: list[Any], are_frames: list[bool], apart: bool, **kwargs: Any
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Pixels, and how many images each picture is to the model: one, or with all of its tiles `apart` several."""
+        if apart and not divides_images(self.image_processor):
+            raise ValueError("num_voco_tokens_per_tile needs an image processor that divides images into tiles")
+        if not pictures:
+            return {}, []
         if kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", False)):
             warn_if_scaled(pictures)
-        return self.image_processor(pictures, **kwargs)
+        if divides_images(self.image_processor):
+            return process_tiles(self.image_processor, pictures, are_frames, apart, **kwargs)
+        return dict(self.image_processor(pictures, **kwargs)), [1] * len(pictures)
 
     def iter_pixel_values(self, frames: Iterable, batch_size: int = 16, **kwargs: Any) -> Iterator[torch.Tensor]:
         """
@@ -355,24 +362,33 @@ class VoCoLlamaProcessor(ProcessorMixin):
         """
         frames = iter(frames)
         while batch := list(islice(frames, batch_size)):
-            yield self._process(load_images(batch), return_tensors="pt", **kwargs)["pixel_values"]
+            pixels, _ = self._process(load_images(batch), [True] * len(batch), False, return_tensors="pt", **kwargs)
+            yield pixels["pixel_values"]
 
     # The name by which vLLM's and SGLang's backends for models of transformers ask
     def _get_num_multimodal_tokens(
-        self, image_sizes: list[list[int]] | None = None, num_voco_tokens: int | list[int] | None = None, **kwargs: Any
+        self,
+        image_sizes: list[list[int]] | None = None,
+        num_voco_tokens: int | list[int] | None = None,
+        num_voco_tokens_per_tile: int | None = None,
+        **kwargs: Any,
     ) -> MultiModalData:
         """
-        What images cost in `input_ids`, whatever their size.
+        What images cost in `input_ids`, whatever their size unless each tile has tokens of its own.
 
         Args:
             image_sizes (`list[list[int]]`, *optional*):
                 Height and width of each image.
             num_voco_tokens (`int` or `list[int]`, *optional*):
                 VoCo tokens of every image, or of each.
+            num_voco_tokens_per_tile (`int`, *optional*):
+                VoCo tokens of every tile, instead.
         """
         if image_sizes is None:
             return MultiModalData()
         counts = self._counts(num_voco_tokens, len(image_sizes))
+        if num_voco_tokens_per_tile is not None:
+            counts = count_voco_tokens(self.image_processor, image_sizes, num_voco_tokens_per_tile)
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def apply_chat_template(self, *args, **kwargs):
@@ -401,7 +417,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        names = super().model_input_names
+        # That of LLaVA-OneVision also says which images are divided, which all are here
+        names = [name for name in super().model_input_names if name != "batch_num_images"]
         return [*names, "num_voco_tokens"] if self.return_num_voco_tokens else names
 
 

@@ -25,6 +25,20 @@ def hooked_device(module: torch.nn.Module, default: torch.device | None) -> torc
     return torch.device(known[0]) if known else default
 
 
+@contextmanager
+def awake(module: torch.nn.Module) -> Iterator[None]:
+    """The parameters of this very module, without its children, at hand outside of its `forward`."""
+    hook = getattr(module, "_hf_hook", None)  # of accelerate, which offloads them; see [`hooked_device`]
+    if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether this very module was compiled, by `module.compile()` or by `torch.compile(module)`."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
@@ -59,4 +73,4 @@ def without_checkpointing(module: torch.nn.Module) -> Iterator[None]:
             setattr(part, "gradient_checkpointing", True)  # noqa: B010
 
 
-__all__ = ["execution_device", "hooked_device", "is_compiled", "layers_alike", "without_checkpointing"]
+__all__ = ["awake", "execution_device", "hooked_device", "is_compiled", "layers_alike", "without_checkpointing"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def run_single_pass(
     model: "VoCoLlamaModel",
     inputs_embeds: torch.Tensor,
-    vision: torch.Tensor,
+    vision: torch.Tensor | list[torch.Tensor],
     voco_mask: torch.Tensor,
     num_voco_tokens: int | list[int] | torch.Tensor | None,
     mode: str,
@@ -33,7 +33,7 @@ def run_single_pass(
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The short sequence.
-        vision (`torch.Tensor` of shape `(num_images, V, hidden_size)`):
+        vision (`torch.Tensor` of shape `(num_images, V, hidden_size)`, or a list of `(V, hidden_size)`):
             Vision tokens of all images.
         voco_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
             True at `<voco>` tokens.
@@ -47,19 +47,20 @@ def run_single_pass(
             Further arguments of the text model.
     """
     batch_size, short_length, hidden_size = inputs_embeds.shape
+    if isinstance(vision, torch.Tensor):
+        num_vision = [vision.shape[1]] * vision.shape[0]
+    else:
+        num_vision, vision = [len(tokens) for tokens in vision], torch.cat(vision)
     vision = vision.to(inputs_embeds)
     prefix = model.embed_ids(model.config.vision_prefix_token_ids).to(inputs_embeds)
     suffix = model.embed_ids(model.config.vision_suffix_token_ids).to(inputs_embeds)
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, short_length, dtype=torch.bool, device=inputs_embeds.device)
-    num_images, num_vision = vision.shape[:2]
-    runs, layout = lay_out(
-        voco_mask, num_voco_tokens, num_images, attention_mask, len(prefix), num_vision, len(suffix), mode
-    )
+    runs, layout = lay_out(voco_mask, num_voco_tokens, attention_mask, len(prefix), num_vision, len(suffix), mode)
 
     by_token = layout.short[..., None].expand(-1, -1, hidden_size)
     embeds = inputs_embeds.new_zeros(batch_size, layout.length, hidden_size).scatter(1, by_token, inputs_embeds)
-    embeds = embeds.index_put((runs.rows[:, None], layout.vision), vision)
+    embeds = embeds.index_put((runs.rows[layout.vision_images], layout.vision), vision.reshape(-1, hidden_size))
     embeds = embeds.index_put((layout.prefix_rows[:, None], layout.prefix), prefix)
     embeds = embeds.index_put((runs.rows[:, None], layout.suffix), suffix[: layout.suffix.shape[1]])
     mask, positions = _mask_and_positions(model, embeds, layout, runs, mode, text_groups, attention_mask, position_ids)

@@ -3,14 +3,15 @@ The second way to compute: images are compressed first, each on its own under pl
 sequence runs with the keys and values of their VoCo tokens in its cache. For inference, and training where it fits.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from transformers import Cache, DynamicCache
-from transformers.utils import logging
 
 from .attention_voco_llama import Mask, create_ruled_mask, group_positions, text_group_function
+from .batches_voco_llama import compress_in_batches
 from .compat_voco_llama import CACHE
 from .injection_voco_llama import CompressedImages, CompressionCache, InjectionCache, views_by_layer
 from .outputs_voco_llama import VoCoLlamaModelOutputWithPast
@@ -59,28 +60,20 @@ def compress_images(
     counts: list[int],
     batch_size: int,
     show_progress: bool = False,
+    image_sizes: torch.Tensor | None = None,
     **vision_options,
 ) -> list[torch.Tensor]:
     """
     First stage: keys at positions 0..k-1, values (both `(tokens, layers, key_value_heads, head_dim)`) and last hidden
     states `(tokens, hidden_size)` of the VoCo tokens of all images.
     """
-    starts = range(0, len(pixel_values), batch_size)
-    parts = [
-        _compress_batch(
-            model, pixel_values[start : start + batch_size], counts[start : start + batch_size], vision_options
-        )
-        for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1)
-    ]
-    return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts)]
+    read, compress = partial(model.get_vision_features, **vision_options), partial(_compress_alike, model)
+    return compress_in_batches(read, compress, pixel_values, image_sizes, counts, batch_size, show_progress)
 
 
-def _compress_batch(
-    model: "VoCoLlamaCompressionMixin", pixel_values: torch.Tensor, counts: list[int], vision_options: dict[str, Any]
-) -> list[torch.Tensor]:
+def _compress_alike(model: "VoCoLlamaCompressionMixin", vision: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     # Images with fewer VoCo tokens are padded on the right, which causal attention never looks at
     length = max(counts)
-    vision = model.get_vision_features(pixel_values, **vision_options)
     kept, hidden_states = compress_segments(model, vision, length)
     keys, values = (
         torch.stack([layer.transpose(1, 2).to(hidden_states.device) for layer in layers], dim=2)

@@ -118,10 +118,10 @@ def evaluate_scenes(
     """
     canvas = canvas or canvas_of(model.config.vision_config.image_size)
     scenes = make_scenes(split, limit, seed=seed, canvas=canvas)
-    pixel_values = preprocess(processor, scenes)
-    readers = {f"k={k}": voco_reader(model, processor, pixel_values, k) for k in num_voco_tokens}
+    pixels = preprocess(processor, scenes)
+    readers = {f"k={k}": voco_reader(model, processor, pixels, k) for k in num_voco_tokens}
     if include_uncompressed:
-        readers[UNCOMPRESSED] = uncompressed_reader(model, processor, pixel_values)
+        readers[UNCOMPRESSED] = uncompressed_reader(model, processor, pixels)
     return score_readers(readers, scenes, split, shuffled, batch_size, progress)
 
 

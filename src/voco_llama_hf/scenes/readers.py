@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers import BatchFeature, PreTrainedModel
 
 from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..pictures import choose, join, prepare
 
 
 if TYPE_CHECKING:
@@ -21,16 +22,19 @@ Reader = Callable[[list[str], list[int]], list[str]]
 # Shows of each video the frames at these indices, among the frames of all videos
 VideoReader = Callable[[list[list[int]]], Reader]
 
+# What `compress` takes of images
+Pixels = dict[str, torch.Tensor]
+
 MAX_ANSWER_TOKENS = 12
 
 
-def preprocess(processor: VoCoLlamaProcessor, scenes: Dataset) -> torch.Tensor:
-    """The images of scenes as `pixel_values` of shape `(num_scenes, 3, height, width)`."""
-    return processor.image_processor(images=list(scenes["image"]), return_tensors="pt").pixel_values
+def preprocess(processor: VoCoLlamaProcessor, scenes: Dataset) -> Pixels:
+    """The images of scenes, as [`VoCoLlamaForConditionalGeneration.compress`] takes them."""
+    return prepare(processor.image_processor, list(scenes["image"]))
 
 
 def voco_reader(
-    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixel_values: torch.Tensor, k: int
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixels: Pixels, k: int
 ) -> Reader:
     """Reads images from `k` VoCo tokens each; every image is compressed once, at the first question."""
     cache: VoCoCache | None = None
@@ -38,7 +42,7 @@ def voco_reader(
     def read(questions: list[str], images: list[int]) -> list[str]:
         nonlocal cache
         if cache is None:
-            cache = model.compress(pixel_values.to(model.dtype), num_voco_tokens=k, show_progress=False)
+            cache = model.compress(**join([pixels], model.dtype), num_voco_tokens=k, show_progress=False)
         return _read_cache(model, processor, cache[images], make_prompts(processor, questions))
 
     return read
@@ -87,35 +91,36 @@ def _read_cache(
 
 
 def uncompressed_reader(
-    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixel_values: torch.Tensor
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixels: Pixels
 ) -> Reader:
-    """Reads images as a LLaVA of the same weights does, from all their vision tokens."""
-    return _llava_reader(model, processor, pixel_values, placeholder=processor.voco_token)
+    """Reads images, of one size, as a LLaVA of the same weights does, from all their vision tokens."""
+    return _llava_reader(model, processor, pixels, placeholder=processor.voco_token)
 
 
 def causal_reader(
-    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixel_values: torch.Tensor, k: int
+    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixels: Pixels, k: int
 ) -> Reader:
-    """Reads images from all their vision tokens and `k` VoCo tokens behind, nothing hidden (paper, Table 1)."""
+    """Reads images of one size from all vision tokens and `k` VoCo tokens behind, nothing hidden (paper, Table 1)."""
     behind = processor.tokenizer.decode(model.config.vision_suffix_token_ids) + processor.voco_token * k
-    return _llava_reader(model, processor, pixel_values, placeholder=processor.image_token, behind=behind)
+    return _llava_reader(model, processor, pixels, placeholder=processor.image_token, behind=behind)
 
 
 def _llava_reader(
     model: VoCoLlamaForConditionalGeneration,
     processor: VoCoLlamaProcessor,
-    pixel_values: torch.Tensor,
+    pixels: Pixels,
     placeholder: str,
     behind: str = "",
 ) -> Reader:
     llava = as_llava(model, processor.tokenizer.convert_tokens_to_ids(placeholder))
-    features = llava.get_image_features(pixel_values=pixel_values[:1].to(model.device, model.dtype), return_dict=True)
+    first = BatchFeature(choose(pixels, [0])).to(model.device, model.dtype)
+    features = llava.get_image_features(**first, return_dict=True)
     prefix = processor.tokenizer.decode(model.config.vision_prefix_token_ids)
     image = prefix + placeholder * features.pooler_output[0].shape[0] + behind
 
     def read(questions: list[str], images: list[int]) -> list[str]:
         prompts = [prompt.replace(processor.image_token, image) for prompt in make_prompts(processor, questions)]
-        return read_llava(llava, processor, prompts, pixel_values[images])
+        return read_llava(llava, processor, prompts, choose(pixels, images))
 
     return read
 
@@ -137,24 +142,23 @@ def uncompressed_video_reader(
                 prompt.replace(processor.video_token, prefix + frame * len(indices))
                 for prompt, indices in zip(make_prompts(processor, questions, "video"), seen, strict=True)
             ]
-            return read_llava(llava, processor, prompts, pixel_values[[index for row in seen for index in row]])
+            chosen = choose({"pixel_values": pixel_values}, [index for row in seen for index in row])
+            return read_llava(llava, processor, prompts, chosen)
 
         return read
 
     return show
 
 
-def read_llava(
-    llava: LlavaForConditionalGeneration, processor: VoCoLlamaProcessor, prompts: list[str], pixel_values: torch.Tensor
-) -> list[str]:
-    """Answers of a LLaVA to prompts that hold a placeholder for every vision token of `pixel_values`."""
+def read_llava(llava: PreTrainedModel, processor: VoCoLlamaProcessor, prompts: list[str], pixels: Pixels) -> list[str]:
+    """Answers of a LLaVA to prompts that hold a placeholder for every vision token of the images."""
     inputs = processor.tokenizer(
         prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     ).to(llava.device)
     ids = llava.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        pixel_values=pixel_values.to(llava.device, llava.dtype),
+        **BatchFeature(pixels).to(llava.device, llava.dtype),
         max_new_tokens=MAX_ANSWER_TOKENS,
         do_sample=False,
     )

@@ -24,12 +24,12 @@ class Picture:
     Args:
         content_hash (`str`): What its compressed form is called.
         known ([`VoCoCache`], *optional*): Its compressed form, if it was in memory.
-        pixel_values (`torch.Tensor`, *optional*): What it is compressed from, if it was not.
+        pixels (`dict[str, torch.Tensor]`, *optional*): What it is compressed from, if it was not.
     """
 
     content_hash: str
     known: VoCoCache | None = None
-    pixel_values: torch.Tensor | None = None
+    pixels: dict[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

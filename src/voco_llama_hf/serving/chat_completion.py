@@ -20,6 +20,7 @@ from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 
 from ..images import TooLargeError, decode_image
 from ..modeling import VoCoCache
+from ..pictures import prepare
 from ..prompts import check_num_tokens, check_text_length, render, starts_with_bos
 from .answers import Answer, Job, Picture
 from .engine import Engine
@@ -177,8 +178,8 @@ class ChatCompletions:
             return Picture(content_hash, known)
         with bad_requests():
             image = decode_image(content, max_pixels=self.limits.max_pixels)
-            pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        return Picture(content_hash, pixel_values=pixel_values)
+            pixels = prepare(self.processor.image_processor, image)
+        return Picture(content_hash, pixels=pixels)
 
     # What stands in a stream
 

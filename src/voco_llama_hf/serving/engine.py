@@ -108,7 +108,8 @@ class Engine:
                     break
                 cache, is_known = picture.known, True
                 if cache is None:
-                    compress = partial(self.model.compress, picture.pixel_values, count, exact=False)
+                    pixels = picture.pixels or {}
+                    compress = partial(self.model.compress, **pixels, num_voco_tokens=count, exact=False)
                     cache, is_known = self.images.get_or_compress(picture.content_hash, count, compress)
                 answer.caches.append(cache)
                 answer.cached_tokens += count if is_known else 0

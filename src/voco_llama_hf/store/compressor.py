@@ -23,6 +23,7 @@ from ..modeling.cache_voco_llama import digest
 from ..modeling.fingerprint_voco_llama import with_images
 from ..modeling.images_voco_llama import to_rgb
 from ..modeling.processing_voco_llama import check_num_voco_tokens
+from ..pictures import join, prepare
 from ..videos import is_video
 from .content import Content, hash_pixels
 from .indexing import Sampling, decode
@@ -210,7 +211,7 @@ class VoCoCompressor:
             [`Outcome`]: one an item.
         """
         seen: set[tuple[str, str]] = set()
-        waiting: list[tuple[Content, torch.Tensor]] = []
+        waiting: list[tuple[Content, dict[str, torch.Tensor]]] = []
         for outcome, pixels in self._read_ahead(items):
             content = outcome.content
             if content is not None and known is not None:
@@ -219,7 +220,7 @@ class VoCoCompressor:
                     outcome, pixels, content = Outcome(outcome.source, content), None, None
                 else:
                     seen.add(key)
-            if content is not None and isinstance(pixels, torch.Tensor):
+            if content is not None and isinstance(pixels, dict):
                 waiting.append((content, pixels))
                 if len(waiting) == self.batch_size:
                     yield from self._compress_images(waiting)
@@ -252,8 +253,9 @@ class VoCoCompressor:
             content = self._describe(item, value)
             if content.sampling:
                 return Outcome(item.source, content), value
-            pixels = self.processor.image_processor(_to_image(value, item.source), return_tensors="pt")["pixel_values"]
-            return Outcome(item.source, content), pixels[0]
+            return Outcome(item.source, content), prepare(
+                self.processor.image_processor, _to_image(value, item.source)
+            )
         except Exception as error:  # whatever is wrong with an item is wrong with this one alone
             return Outcome(item.source, error=str(error) or type(error).__name__), None
 
@@ -265,12 +267,14 @@ class VoCoCompressor:
             return Content(hashlib.sha256(value).hexdigest(), sampling, source, len(value), item.mtime_ns)
         return Content(hash_pixels(value), "", source, np.asarray(value).nbytes, item.mtime_ns)
 
-    def _compress_images(self, waiting: list[tuple[Content, torch.Tensor]]) -> Iterator[Outcome]:
+    def _compress_images(self, waiting: list[tuple[Content, dict[str, torch.Tensor]]]) -> Iterator[Outcome]:
         if not waiting:
             return
         contents, pixels = zip(*waiting)
-        batch = torch.stack(pixels).to(self.model.dtype)
-        caches = self.model.compress(batch, self.num_voco_tokens, self.batch_size, exact=False).to("cpu")
+        batch = join(pixels, self.model.dtype)
+        caches = self.model.compress(
+            **batch, num_voco_tokens=self.num_voco_tokens, batch_size=self.batch_size, exact=False
+        ).to("cpu")
         caches.fingerprint = with_images(caches.fingerprint, self.processor.image_processor)
         for content, cache in zip(contents, caches):
             yield Outcome(content.source, content, cache)

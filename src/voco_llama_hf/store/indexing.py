@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..images import open_image
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.fingerprint_voco_llama import Fingerprint, with_images
+from ..pictures import join, prepare
 from ..videos import is_video, read_frames
 from .content import Content
 from .processes import Processes
@@ -93,13 +94,13 @@ class FileReader(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[str, Content | None, torch.Tensor | None, str | None]:
+    def __getitem__(self, index: int) -> tuple[str, Content | None, dict[str, torch.Tensor] | None, str | None]:
         path = self.files[index]
         try:
             if is_video(path):
                 return path, Content.of_file(path, str(self.sampling)), None, None
             content = Content.of_file(path)
-            return path, content, self.image_processor(open_image(path), return_tensors="pt")["pixel_values"][0], None
+            return path, content, prepare(self.image_processor, open_image(path)), None
         except Exception as error:  # whatever is wrong with a file is wrong with this one alone
             return path, None, None, str(error) or type(error).__name__
 
@@ -142,7 +143,7 @@ class Indexer:
     processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
-        self._images: list[tuple[Content, torch.Tensor]] = []
+        self._images: list[tuple[Content, dict[str, torch.Tensor]]] = []
         self._entries: list[tuple[Content, VoCoCache]] = []
         self._known: set[tuple[str, str]] = set()
         self._repeated: list[Content] = []
@@ -204,8 +205,10 @@ class Indexer:
             return
         contents, pixels = zip(*self._images)
         self._images = []
-        batch = torch.stack(pixels).to(self.model.dtype)
-        caches = self.model.compress(batch, self.num_voco_tokens, self.batch_size, exact=False)
+        joined = join(pixels, self.model.dtype)
+        caches = self.model.compress(
+            **joined, num_voco_tokens=self.num_voco_tokens, batch_size=self.batch_size, exact=False
+        )
         caches.fingerprint = self._note_images(caches.fingerprint)
         for content, cache in zip(contents, caches):
             self._entries.append((content, cache.to("cpu")))

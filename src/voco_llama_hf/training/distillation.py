@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, LlavaConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
+from ..llava import CLASSES, TILE_SETTINGS
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
 
 
@@ -101,7 +102,7 @@ def read_uncompressed(
 
 def load_teacher(path: str, student: VoCoLlamaConfig, **kwargs) -> VoCoLlamaForConditionalGeneration:
     """
-    Loads a VoCo-LLaMA or a LLaVA as a teacher.
+    Loads a VoCo-LLaMA or a LLaVA, LLaVA-NeXT or LLaVA-OneVision as a teacher.
 
     Args:
         path (`str`): Folder or Hub id.
@@ -109,13 +110,19 @@ def load_teacher(path: str, student: VoCoLlamaConfig, **kwargs) -> VoCoLlamaForC
         kwargs: What `from_pretrained` takes.
 
     Raises:
-        ValueError: if it is another kind of model, or its vocabulary is not the student's.
+        ValueError: if it is another kind of model, takes other images, or its vocabulary is not the student's.
     """
     config = AutoConfig.from_pretrained(path)
-    if config.model_type == "llava":
+    if config.model_type in CLASSES:
         config = as_voco_config(config, student)
     elif config.model_type != VoCoLlamaConfig.model_type:
-        raise ValueError(f"the teacher {path} is a {config.model_type} model, expected voco_llama or llava")
+        known = ", ".join(CLASSES)
+        raise ValueError(f"the teacher {path} is a {config.model_type} model, expected voco_llama or one of {known}")
+    if describe_images(config) != describe_images(student):
+        raise ValueError(
+            f"the teacher {Path(path).name} takes images as {describe_images(config)}, the student as "
+            f"{describe_images(student)}: both are given the same"
+        )
     own, other = student.text_config.vocab_size, config.text_config.vocab_size
     if own != other:
         raise ValueError(
@@ -126,7 +133,13 @@ def load_teacher(path: str, student: VoCoLlamaConfig, **kwargs) -> VoCoLlamaForC
     return teacher.eval().requires_grad_(False)
 
 
-def as_voco_config(llava: LlavaConfig, student: VoCoLlamaConfig) -> VoCoLlamaConfig:
+def describe_images(config: VoCoLlamaConfig) -> str:
+    """How images are given to a model."""
+    grid = "" if config.image_grid_pinpoints is None else f" with image_grid_pinpoints {config.image_grid_pinpoints}"
+    return f"{config.base_model_type}{grid}"
+
+
+def as_voco_config(llava: Any, student: VoCoLlamaConfig) -> VoCoLlamaConfig:  # of one of `CLASSES`
     """The configuration under which the weights of a LLaVA load as a VoCo-LLaMA; what LLaVA lacks is the student's."""
     return VoCoLlamaConfig(
         text_config=llava.text_config,
@@ -135,6 +148,8 @@ def as_voco_config(llava: LlavaConfig, student: VoCoLlamaConfig) -> VoCoLlamaCon
         vision_feature_select_strategy=llava.vision_feature_select_strategy,
         projector_hidden_act=llava.projector_hidden_act,
         multimodal_projector_bias=llava.multimodal_projector_bias,
+        base_model_type=llava.model_type,
+        **{name: vars(llava)[name] for name in TILE_SETTINGS if name in vars(llava)},
         voco_token_id=student.voco_token_id,
         vision_prefix_token_ids=student.vision_prefix_token_ids,
         vision_suffix_token_ids=student.vision_suffix_token_ids,

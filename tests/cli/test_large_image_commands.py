@@ -1,0 +1,138 @@
+"""Models that divide images into tiles, in all that stands on images: commands, store, server, demo, evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from modeling.helpers import TILED, build_processor, random_images, tiny_model
+from modeling.test_large_processing import picture
+from serving.conftest import MODEL, ask, client_of, data_url, in_process
+
+from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf.demo import DemoEngine
+from voco_llama_hf.images import open_image
+from voco_llama_hf.scenes.evaluation import evaluate_scenes
+from voco_llama_hf.serving import Limits
+from voco_llama_hf.store import Content, VoCoStore, hash_file
+from voco_llama_hf.store.indexing import Indexer, Sampling
+from voco_llama_hf.vision_tokens import count_vision_tokens
+
+
+SIZES = [(90, 40), (30, 30), (20, 200), (84, 84)]
+QUESTION = "What is it?"
+
+
+@pytest.fixture(scope="module", params=TILED)
+def folder(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    processor = build_processor(request.param)
+    tiny_model(voco_token_id=processor.image_token_id, **TILED[request.param]).save_pretrained(path)
+    processor.save_pretrained(path)
+    for number, size in enumerate(SIZES):
+        (path / "photos").mkdir(exist_ok=True)
+        picture(*size, seed=number).save(path / "photos" / f"{number}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return VoCoLlamaForConditionalGeneration.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return VoCoLlamaProcessor.from_pretrained(folder)
+
+
+def answer(model, processor, path: Path, k: int, max_new_tokens: int = 6) -> str:
+    text = f"user: <image>{QUESTION}assistant: "
+    inputs = processor(images=open_image(path), text=text, num_voco_tokens=k, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_ask_and_compress(invoke, folder, model, processor, tmp_path):
+    photos = sorted((folder / "photos").iterdir())
+    question = ["--model", folder, "--max-new-tokens", 6, "-k", 2]
+    for photo in photos[:2]:
+        assert invoke("ask", *question, photo, QUESTION).stdout.strip() == answer(model, processor, photo, 2)
+    cache = tmp_path / "photos.safetensors"
+    printed = invoke("compress", "--model", folder, "-k", 2, "--output", cache, *photos).stdout
+    vision_tokens = sum(count_vision_tokens(model.config, (height, width)) for width, height in SIZES)
+    assert f"{vision_tokens / (2 * len(SIZES)):.0f}x smaller" in printed
+    single = tmp_path / "one.safetensors"
+    invoke("compress", "--model", folder, "-k", 2, "--output", single, photos[0])
+    asked = invoke("ask", "--model", folder, "--max-new-tokens", 6, "--cache", single, QUESTION)
+    assert asked.stdout.strip() == answer(model, processor, photos[0], 2)
+    assert "agrees" in invoke("check", "--model", folder).stdout
+
+
+def test_a_large_image_is_one_entry_of_a_store(folder, model, processor, tmp_path):
+    photos = [str(path) for path in sorted((folder / "photos").iterdir())]
+    indexer = Indexer(tmp_path / "store", model, processor, 2, Sampling(num_frames=2), batch_size=3)
+    assert [indexed.error for indexed in indexer.run(indexer.select(photos))] == [None] * len(photos)
+    with VoCoStore(tmp_path / "store") as store:
+        assert len(list(store)) == len(photos)
+        for photo in photos:
+            inputs = processor(images=open_image(photo), num_voco_tokens=2, return_tensors="pt")
+            torch.testing.assert_close(store.get(hash_file(photo)).keys, model.compress(**inputs).keys)
+
+
+def test_tiles_that_repeat_are_stored_once(model, tmp_path):
+    images = random_images(model, [(28, 56), (28, 56)])
+    images["pixel_values"][1, 2] = images["pixel_values"][0, 1]
+    cache = model.compress(**images, num_voco_tokens_per_tile=1)
+    tiles = [Content.of_pixels(tile) for tile in images["pixel_values"].flatten(0, 1)]
+    with VoCoStore(tmp_path / "store", model.fingerprint()) as store:
+        store.add(tiles, list(cache))
+        assert len(list(store)) == 5 and len(tiles) == 6
+
+
+def test_server(folder, model, processor):
+    photo = folder / "photos" / "0.png"
+    with in_process(model, processor) as (_, url):
+        reply = client_of(url).chat.completions.create(
+            model=MODEL,
+            messages=ask(QUESTION, data_url(photo.read_bytes())),
+            max_tokens=6,
+            temperature=0,
+            extra_body={"num_voco_tokens": 2},
+        )
+    assert reply.choices[0].message.content.strip() == answer(model, processor, photo, 2)
+
+
+def test_demo(folder, model, processor):
+    engine = DemoEngine(model, processor, Limits(max_tokens=6))
+    photo = folder / "photos" / "0.png"
+    source, _ = engine.open(str(photo), "me", 2)
+    *_, last = engine.ask(source, 2, QUESTION)
+    assert last.text == answer(model, processor, photo, 2)
+    reading, uncompressed = engine.ask_uncompressed(source, QUESTION)
+    assert reading.num_tokens == count_vision_tokens(model.config, (40, 90)) and uncompressed.is_done
+    engine.warm_up()
+
+
+def test_evaluation(model, processor):
+    results = evaluate_scenes(model, processor, "validation", num_voco_tokens=[1], limit=4, progress=False)
+    assert results is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("placement", ["cpu", "disk"])
+def test_offloaded_weights(folder, model, processor, placement, tmp_path):
+    """The newline is a parameter of the model itself, which nobody brings but its own forward pass."""
+    inputs = processor(images=picture(90, 40), text="<image>a", num_voco_tokens=2, return_tensors="pt")
+    expected, compressed = (
+        model.generate(**inputs, max_new_tokens=4),
+        model.compress(inputs["pixel_values"], 2, image_sizes=inputs["image_sizes"]),
+    )
+    offloaded = VoCoLlamaForConditionalGeneration.from_pretrained(folder).eval()
+    if placement == "cpu":
+        cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(offloaded, tmp_path, execution_device=torch.device("cpu"))
+    assert torch.equal(offloaded.generate(**inputs, max_new_tokens=4), expected)
+    found = offloaded.compress(inputs["pixel_values"], 2, image_sizes=inputs["image_sizes"])
+    torch.testing.assert_close(found.keys, compressed.keys)
+    assert found.fingerprint == compressed.fingerprint
