@@ -45,7 +45,7 @@ def check_serving(vllm_config: VllmConfig) -> None:
     config = vllm_config.model_config.hf_config
     check_text_config(config.text_config)
     # Of models whose vision side divides images into tiles
-    if getattr(config, "image_grid_pinpoints", None) is not None:
+    if config.image_grid_pinpoints is not None:
         raise ValueError("VoCo-LLaMA runs in vLLM with images of one size, but this model divides them into tiles")
     kind = config.text_config.model_type
     if kind not in TEXT_MODELS:
