@@ -46,7 +46,7 @@ test-ray: pyproject.toml
 	test -x .ray/bin/python || $(PYTHON) -m venv .ray
 	.ray/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	.ray/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ray,test-ray]"
-	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/integrations/test_ray.py tests/store/test_remote.py
+	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/integrations/ray tests/store/test_remote.py
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def training_rows(parts: Parts) -> Rows:
                     milliseconds(seconds[variant]),
                     f"{seconds[variant] / seconds[plain]:.2f}",
                     gib(memory[variant]),
-                    f"{memory[variant] / memory[plain]:.2f}",
+                    f"{memory[variant] / memory[plain]:.2f}" if memory[plain] else "-",
                 ]
             )
         rows += [

@@ -109,7 +109,7 @@ def check_words(words: list[str]) -> None:
         VoCoLlamaOnnxExportCommand.parse_args(parser)
         parser.parse_args(words[3:])
     elif words[0] == "lmms-eval":
-        pass  # tests/integrations/lmms_eval/test_page.py, where it is installed
+        pass  # tests/integrations/lmms_eval/test_lmms_page.py, where it is installed
     elif words[0] == "vllm" or words[:2] == ["python", "-m"]:
         pass  # in an environment of its own, by tests/integrations/vllm
     elif words[0] == "make":

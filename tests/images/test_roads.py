@@ -99,7 +99,7 @@ def from_llava(path) -> torch.Tensor:
 
 
 def from_index(path) -> torch.Tensor:
-    return FileReader([str(path)], PROCESSOR.image_processor, Sampling())[0][2][None]
+    return FileReader([str(path)], PROCESSOR.image_processor, Sampling())[0][2]["pixel_values"]
 
 
 def as_frames(path, frame) -> torch.Tensor:

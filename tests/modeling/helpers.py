@@ -74,7 +74,8 @@ def tiny_model(seed: int = 0, config: VoCoLlamaConfig | None = None, **overrides
     A random model of `tiny_config(**overrides)` whose outputs differ clearly between inputs. Norms and biases are
     random as well, so that none of them can be left out unnoticed. It hardly ever answers with a `<voco>` token.
     """
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    device = torch.get_default_device()
+    generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VoCoLlamaForConditionalGeneration(tiny_config(**overrides) if config is None else config)

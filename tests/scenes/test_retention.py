@@ -29,9 +29,9 @@ def test_a_compressor_makes_few_tokens_of_an_image(processor, compressor, num_to
     model = build_model(processor, RECIPE)
     scenes = make_scenes("validation", 3)
     images = preprocess(processor, scenes)
-    before = model.model.get_vision_features(images)
+    before = model.model.get_vision_features(**images)
     put_compressor(model, compressor, num_tokens)
-    features = model.model.get_vision_features(images)
+    features = model.model.get_vision_features(**images)
     assert before.shape == (3, 64, 256) and features.shape == (3, num_tokens, 256)
     if compressor == "average pooling":
         # It starts as the mean of what the text model knows

@@ -54,7 +54,7 @@ def cluster(s3_server):
     names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     # Ray gives its workers the last of what a busy machine has
     names |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "AWS_ENDPOINT_URL": s3_server or ""}
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(__file__).parents[2])
     with pytest.MonkeyPatch.context() as environment:
         for name, value in names.items():
             environment.setenv(name, value)
