@@ -40,8 +40,11 @@ class Sheet:
         console.print(table)
 
     def markdown(self) -> str:
+        return f"**{self.title}**\n\n{self.markdown_table()}"
+
+    def markdown_table(self) -> str:
         lines = [self.headings, ["---", *["---:"] * (len(self.headings) - 1)], *self.rows]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def make_sheets(results: dict[str, Any]) -> list[Sheet]:

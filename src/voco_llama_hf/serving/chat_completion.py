@@ -257,11 +257,6 @@ def bad_requests() -> Any:
         raise HTTPException(400, str(error)) from error
 
 
-async def read(request: Request) -> bytes:
-    """The body of a request, which it does not keep as with `request.body()`."""
-    return b"".join([part async for part in request.stream()])
-
-
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """What `work` returns; it is cancelled when the client goes away."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))

@@ -20,13 +20,12 @@ from ..images import decode_image, open_image
 from ..loading import load_model, load_processor
 from ..modeling import VoCoCache
 from ..modeling.cache_voco_llama import digest
-from ..modeling.fingerprint_voco_llama import with_images
 from ..modeling.images_voco_llama import to_rgb
 from ..modeling.processing_voco_llama import check_num_voco_tokens
-from ..pictures import join, prepare
+from ..pictures import prepare
 from ..videos import is_video
+from .compression import Compression, Sampling
 from .content import Content, hash_pixels
-from .indexing import Sampling, decode
 from .rows import Packed, arrow_schema, to_row, to_table
 from .shards import Record, pack
 
@@ -146,8 +145,8 @@ class VoCoCompressor:
             device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
         network: Any = load_model(model, dtype=dtype)
         self.model = network.to(torch.device(device)).eval()
-        # Once: it reads all weights
-        self.fingerprint = with_images(self.model.fingerprint(), self.processor.image_processor)
+        self._compression = Compression(self.model, self.processor, self.num_voco_tokens, self.sampling, batch_size)
+        self.fingerprint = self._compression.fingerprint()
 
     def __reduce__(self) -> tuple:
         """Travels as its arguments, not as its weights."""
@@ -271,26 +270,15 @@ class VoCoCompressor:
         if not waiting:
             return
         contents, pixels = zip(*waiting)
-        batch = join(pixels, self.model.dtype)
-        caches = self.model.compress(
-            **batch, num_voco_tokens=self.num_voco_tokens, batch_size=self.batch_size, exact=False
-        ).to("cpu")
-        caches.fingerprint = with_images(caches.fingerprint, self.processor.image_processor)
-        for content, cache in zip(contents, caches):
+        for content, cache in zip(contents, self._compression.compress_images(pixels)):
             yield Outcome(content.source, content, cache)
 
     def _compress_video(self, content: Content, file: Path | bytes) -> Outcome:
         try:
             with _as_file(file, content.source) as path:
-                frames = self.processor.iter_pixel_values(decode(str(path), self.sampling), self.batch_size)
-                pixels = (part.to(self.model.dtype) for part in frames)
-                cache = self.model.compress(
-                    pixels, self.num_voco_tokens, self.batch_size, show_progress=False, exact=False
-                )
+                cache = self._compression.compress_video(str(path))
         except (OSError, ValueError) as error:
             return Outcome(content.source, error=str(error))
-        cache = cache.to("cpu")
-        cache.fingerprint = with_images(cache.fingerprint, self.processor.image_processor)
         return Outcome(content.source, content, cache)
 
 

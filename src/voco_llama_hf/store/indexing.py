@@ -4,16 +4,16 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..images import open_image
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from ..modeling.fingerprint_voco_llama import Fingerprint, with_images
-from ..pictures import join, prepare
-from ..videos import is_video, read_frames
+from ..pictures import prepare
+from ..videos import is_video
+from .compression import Compression, Sampling
 from .content import Content
 from .processes import Processes
 from .shards import write_shard
@@ -22,17 +22,6 @@ from .store import VoCoStore
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How frames of videos are chosen: `num_frames` of each, or `fps` a second."""
-
-    num_frames: int | None = None
-    fps: float | None = None
-
-    def __str__(self) -> str:
-        return f"num_frames={self.num_frames}" if self.fps is None else f"fps={self.fps:g}"
 
 
 @dataclass(frozen=True)
@@ -68,19 +57,6 @@ def find_files(folder: str | os.PathLike[str]) -> list[str]:
     files = (Path(root, name) for root, _, names in walk for name in names)
     found = [str(path.absolute()) for path in files if path.suffix.lower() in suffixes or is_video(path)]
     return sorted(found + closed)
-
-
-def decode(path: str, sampling: Sampling) -> Iterator[Any]:
-    """
-    Frames of a video.
-
-    Raises:
-        ValueError: whatever its decoder stumbles over.
-    """
-    try:
-        yield from read_frames(path, sampling.num_frames, sampling.fps)
-    except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
 
 
 @dataclass
@@ -149,12 +125,13 @@ class Indexer:
         self._repeated: list[Content] = []
         self._failures: dict[str, str] = {}
         # The index has one writer, which takes in the shards of all others
-        fingerprint = self._note_images(self.model.fingerprint())
+        fingerprint = self._compression.fingerprint()
         self.store = VoCoStore(self.path, fingerprint, self.eight_bit) if self.processes.is_main else None
         self._eight_bit: bool = self.processes.broadcast(None if self.store is None else self.store.eight_bit)
 
-    def _note_images(self, fingerprint: dict[str, str]) -> Fingerprint:
-        return with_images(fingerprint, self.processor.image_processor)
+    @property
+    def _compression(self) -> Compression:
+        return Compression(self.model, self.processor, self.num_voco_tokens, self.sampling, self.batch_size)
 
     def select(self, files: Sequence[str]) -> list[str]:
         """This process's share of the files that are new or have changed."""
@@ -205,28 +182,16 @@ class Indexer:
             return
         contents, pixels = zip(*self._images)
         self._images = []
-        joined = join(pixels, self.model.dtype)
-        caches = self.model.compress(
-            **joined, num_voco_tokens=self.num_voco_tokens, batch_size=self.batch_size, exact=False
-        )
-        caches.fingerprint = self._note_images(caches.fingerprint)
-        for content, cache in zip(contents, caches):
-            self._entries.append((content, cache.to("cpu")))
+        for content, cache in zip(contents, self._compression.compress_images(pixels)):
+            self._entries.append((content, cache))
             yield Indexed(content.source, 1, self.num_voco_tokens)
 
     def _compress_video(self, content: Content) -> Indexed:
         try:
-            frames = decode(content.source, self.sampling)
-            pixels = (
-                batch.to(self.model.dtype) for batch in self.processor.iter_pixel_values(frames, self.batch_size)
-            )
-            cache = self.model.compress(
-                pixels, self.num_voco_tokens, self.batch_size, show_progress=False, exact=False
-            ).to("cpu")
+            cache = self._compression.compress_video(content.source)
         except (OSError, ValueError) as error:
             return self._fail(content.source, str(error))
         self._known.add((content.content_hash, content.sampling))
-        cache.fingerprint = self._note_images(cache.fingerprint)
         self._entries.append((content, cache))
         return Indexed(content.source, len(cache), sum(cache.token_counts))
 

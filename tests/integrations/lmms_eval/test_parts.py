@@ -41,7 +41,7 @@ def table_1():
 
 def test_retention_is_that_of_the_paper(table_1):
     assert 100 * table_1.mean_retention("k=1") == pytest.approx(83.7, abs=0.1)
-    results, shares, costs = table_1.grids()
+    results, shares, costs = table_1.sheets()
     assert results.rows[1] == ["k=1", "57.0", "58.8", "1323.3", "81.4", "53.7", "65.4", "72.3", "83.7"]
     assert shares.rows[0][1:3] == ["82.5", "87.5"]
     assert costs.rows[1][:3] == ["k=1", "1", "524 kB"]

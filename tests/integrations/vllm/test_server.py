@@ -14,14 +14,13 @@ from pathlib import Path
 
 import openai
 import pytest
-import torch
 
 
 pytest.importorskip("vllm.version")  # `vllm` alone is this folder too
 
 from integrations.vllm.engines import random_images
 
-from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import EMBEDDED_CHECKPOINT
 from voco_llama_hf.integrations.vllm import image_part
 from voco_llama_hf.store import Content, VoCoStore, hash_file
 
@@ -53,12 +52,6 @@ def serving(*args: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=120)
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    model = VoCoLlamaForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32).eval()
-    return model, VoCoLlamaProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,11 @@ pytest.importorskip("vllm.version")  # `vllm` alone is this folder too
 from integrations.vllm.engines import answer, random_images, running, save_tiny, servable_config
 from PIL import Image
 
-from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration
 from voco_llama_hf.store import Content, VoCoStore, hash_file
 
 
 QUESTION = "<image>\nWhat colour is the circle?\n"
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    model = VoCoLlamaForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32).eval()
-    return model, VoCoLlamaProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")

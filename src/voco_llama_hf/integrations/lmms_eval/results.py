@@ -12,8 +12,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
+from ...benchmark.report import Sheet
 from ...files import written_aside
 from ...hub.card import NUM_TEXT_TOKENS, format_cost
 from ...hub.cost import ImageCost
@@ -132,7 +132,7 @@ class LmmsResults:
         }
         return {**asdict(self), "retention": retention}
 
-    def grids(self) -> list[Grid]:
+    def sheets(self) -> list[Sheet]:
         """The tables: results (Tables 1 and 4 of the paper), retention (Tables 1 and 2), costs (Table 7)."""
         tasks = list(self.tasks)
         units = [f"{task} ({self.tasks[task].metric})" for task in tasks]
@@ -150,9 +150,9 @@ class LmmsResults:
         ]
         asked = ", ".join(f"{info.num_samples:,} of {task}" for task, info in self.tasks.items())
         return [
-            Grid(f"Results: {asked}", ["images read from", *units, "mean retention"], results),
-            Grid("Retention between the bounds, percent", ["images read from", *tasks, "mean"], shares),
-            Grid(
+            Sheet(f"Results: {asked}", ["images read from", *units, "mean retention"], results),
+            Sheet("Retention between the bounds, percent", ["images read from", *tasks, "mean"], shares),
+            Sheet(
                 f"What an image costs, and a question of {NUM_TEXT_TOKENS} tokens",
                 [
                     "images read from", "positions", "keys and values", "FLOPs an image, once", "FLOPs a question",
@@ -182,17 +182,12 @@ class LmmsResults:
 
     def print(self, console: Console) -> None:
         """Prints the tables."""
-        for grid in self.grids():
-            table = Table(title=grid.title)
-            for i, heading in enumerate(grid.header):
-                table.add_column(heading, justify="right" if i else "left")
-            for row in grid.rows:
-                table.add_row(*row)
-            console.print(table)
+        for sheet in self.sheets():
+            sheet.print(console)
 
     def to_markdown(self) -> str:
         """The tables in Markdown."""
-        return "\n".join(grid.to_markdown() for grid in self.grids())
+        return "\n".join(f"{sheet.title}:\n\n{sheet.markdown_table()}\n" for sheet in self.sheets())
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws results and mean retention over the number of VoCo tokens, in the format that the name says."""
@@ -224,19 +219,6 @@ class LmmsResults:
         axis.axhline(scale * self.value(self.lower, task), color="0.4", linestyle=":", linewidth=1, label=self.lower)
         metric = self.tasks[task].metric.replace("_", " ")
         finish(axis, task, f"{metric}, %" if scale == 100 else metric, counts)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of text."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def to_markdown(self) -> str:
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        return f"{self.title}:\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def finish(axis: Axes, title: str, unit: str, counts: Sequence[int]) -> None:
