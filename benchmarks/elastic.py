@@ -26,6 +26,7 @@ from rich.table import Table
 from voco_llama_hf import EMBEDDED_CHECKPOINT
 from voco_llama_hf.benchmark.results import hardware
 from voco_llama_hf.files import written_aside
+from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.retention.study import Arm, Study, elastic_arm, fixed_arm
 from voco_llama_hf.scenes.still import DIFFICULTIES
 
@@ -45,7 +46,7 @@ def main(
 ) -> None:
     """Train on, together and alone, and ask."""
     console = Console(width=100)
-    study = Study(work_dir, steps, trained_base=Path(EMBEDDED_CHECKPOINT))
+    study = Study(work_dir, Size(steps=steps), trained_base=Path(EMBEDDED_CHECKPOINT))
     study.prepare()
     arms = [elastic_arm(KS), HALF, *(fixed_arm(int(k)) for k in alone.split(","))]
     accuracy = {}

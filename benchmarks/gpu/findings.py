@@ -16,7 +16,8 @@ from voco_llama_hf.scenes.phases import train
 from voco_llama_hf.scenes.publishing import publish
 from voco_llama_hf.scenes.recipe import RECIPES, Recipe
 from voco_llama_hf.scenes.retention.report import make_rows
-from voco_llama_hf.scenes.retention.study import BASE, Study, run_study
+from voco_llama_hf.scenes.retention.sizes import BASE, Size
+from voco_llama_hf.scenes.retention.study import Study, run_study
 from voco_llama_hf.scenes.retention.videos import VideoStudy, run_video_study
 from voco_llama_hf.scenes.still import DIFFICULTIES
 
@@ -84,7 +85,7 @@ def compare_videos(setting: Setting) -> dict[str, object]:
 
 def study_options(setting: Setting) -> dict[str, object]:
     base = setting.pick(replace(BASE, num_workers=4), tiny(BASE))
-    return {"steps": setting.pick(STEPS, 1), "base": base, "compile": not setting.dry_run}
+    return {"size": Size(base, setting.pick(STEPS, 1)), "compile": not setting.dry_run}
 
 
 def seeds(setting: Setting) -> range:

@@ -12,6 +12,7 @@ from voco_llama_hf.scenes.evaluation import ScenesResults
 from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader
 from voco_llama_hf.scenes.retention.baselines import put_compressor
 from voco_llama_hf.scenes.retention.report import make_curves, make_rows, plot_rows, print_rows, to_markdown
+from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.retention.study import Arm, Study, make_arms, run_study
 from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES, make_scenes
 
@@ -106,7 +107,7 @@ def test_every_arm_of_the_paper_is_there():
 
 @pytest.mark.slow
 def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
-    study = Study(tmp_path, steps=2, base=RECIPE, compile=False)
+    study = Study(tmp_path, Size(RECIPE, steps=2), compile=False)
     said = []
     first = run_study(study, (1, 2), range(2), "validation", 4, report=said.append)
     assert len(said) == 1 + 2 * len(make_arms((1, 2)))

@@ -13,6 +13,7 @@ from voco_llama_hf.scenes.moving import NUM_FRAMES, make_clips
 from voco_llama_hf.scenes.recipe import Phase
 from voco_llama_hf.scenes.retention.baselines import put_compressor
 from voco_llama_hf.scenes.retention.llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
+from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.retention.videos import (
     GROUPS,
     READING,
@@ -156,7 +157,7 @@ def test_the_comparison_is_shown_written_and_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
-    study = VideoStudy(tmp_path, steps=2, base=RECIPE, compile=False)
+    study = VideoStudy(tmp_path, Size(RECIPE, steps=2), compile=False)
     first = run_video_study(study, (2,), range(1), "validation", 4, report=lambda what: None)
     assert list(first.results) == [arm.name for arm in video_arms((2,))]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}

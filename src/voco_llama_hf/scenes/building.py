@@ -114,19 +114,19 @@ def random_config(processor: VoCoLlamaProcessor, recipe: Recipe) -> VoCoLlamaCon
     vision_config = CLIPVisionConfig(
         image_size=recipe.canvas.side,
         patch_size=PATCH_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=recipe.vision_width,
+        intermediate_size=8 * recipe.vision_width // 3,
         num_hidden_layers=recipe.vision_layers,
-        num_attention_heads=3,
+        num_attention_heads=recipe.vision_width // 64,
     )
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=recipe.text_width,
+        intermediate_size=2 * recipe.text_width,
         num_hidden_layers=recipe.text_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=recipe.text_width // 4,
         max_position_embeddings=4096,
         **special_ids,
     )

@@ -61,7 +61,21 @@ def phase_rows(recipe: Recipe, phase: Phase, split: str) -> Dataset:
 def drawn_rows(recipe: Recipe, split: str, draw: Draw) -> Dataset:
     """A data set that keeps nothing but the numbers of its rows."""
     number = recipe.num_train_scenes if split == "train" else min(VALIDATION_ROWS, recipe.num_validation_scenes)
-    return Dataset.from_dict({"index": range(number)}).with_transform(draw)
+    return Dataset.from_dict({"index": range(number)}).with_transform(kept(draw) if recipe.keep_rows else draw)
+
+
+def kept(draw: Draw) -> Draw:
+    """Draws every row once."""
+    rows: dict[int, dict[str, list]] = {}
+
+    def draw_new(batch: dict[str, list[int]]) -> dict[str, list]:
+        for index in batch["index"]:
+            if index not in rows:
+                rows[index] = draw({"index": [index]})
+        columns = rows[batch["index"][0]]
+        return {name: [rows[index][name][0] for index in batch["index"]] for name in columns}
+
+    return draw_new
 
 
 def draw_scene(recipe: Recipe, split: str, index: int, questions: int) -> Scene:

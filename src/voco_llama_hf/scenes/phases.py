@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -102,12 +103,16 @@ def make_trainer(
     output_dir: Path,
     distillation_weight: float = 0.0,
     teacher: str = "self",
+    train_dataset: Dataset | None = None,
 ) -> MuonSFTTrainer:
-    """The trainer of a phase, with its data; the last two arguments are those of [`VoCoSFTConfig`]."""
+    """
+    The trainer of a phase, with its data, or with rows of the caller; `distillation_weight` and `teacher` are those of
+    [`VoCoSFTConfig`].
+    """
     # Half as many rows, half of which have eight images
     batch_size = recipe.batch_size // (1 + phase.videos)
     args = VoCoSFTConfig(
-        **phase_options(recipe, output_dir, phase.steps, batch_size),
+        **phase_options(recipe, output_dir, phase.steps, batch_size, phase.evaluations),
         learning_rate=phase.learning_rate,
         lr_scheduler_type=phase.scheduler,
         lr_scheduler_kwargs={"num_decay_steps": phase.steps // 3} if phase.scheduler == "warmup_stable_decay" else {},
@@ -125,7 +130,7 @@ def make_trainer(
         model,
         args,
         data_collator=SingleQuestionCollator(processor, max(1, *phase.num_voco_tokens)) if phase.single else None,
-        train_dataset=phase_rows(recipe, phase, "train"),
+        train_dataset=phase_rows(recipe, phase, "train") if train_dataset is None else train_dataset,
         eval_dataset=phase_rows(recipe, phase, "validation"),
         processing_class=processor,
     )

@@ -28,6 +28,8 @@ class Phase:
         freeze (`tuple[str, ...]`): Modules that are not trained.
         share (`float`): Share of the weights at its end in what it leaves; the rest are those it started from, which
             keeps more of what they knew (Wortsman et al., 2022, WiSE-FT).
+        evaluations (`int`, *optional*): How often the phase is evaluated, at equal distances, the last time at its
+            end; by default every 250 steps.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Phase:
     two_stages: bool = False
     freeze: tuple[str, ...] = ()
     share: float = 1.0
+    evaluations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class Recipe:
         save_steps (`int`): Steps between two checkpoints of the trainer, at most.
         num_workers (`int`): Processes that draw scenes beside the training.
         dense_share (`float`): Share of dense scenes in the training.
+        vision_width (`int`): Hidden size of the vision tower, in heads of 64.
+        text_width (`int`): Hidden size of the language model, in four heads.
+        keep_rows (`bool`): Whether rows stay in memory once they are drawn, which pays where they are seen again.
     """
 
     phases: tuple[Phase, ...]
@@ -74,9 +80,12 @@ class Recipe:
     vision_batch_size: int = 64
     vision_steps: int = 2000
     vision_layers: int = 4
+    vision_width: int = 192
     text_layers: int = 6
+    text_width: int = 256
     save_steps: int = 250
     num_workers: int = 1
+    keep_rows: bool = False
     seed: int = 0
 
     @property

@@ -13,10 +13,10 @@ from .recipe import Recipe
 
 
 def phase_options(
-    recipe: Recipe, output_dir: Path, steps: int, batch_size: int
+    recipe: Recipe, output_dir: Path, steps: int, batch_size: int, evaluations: int | None = None
 ) -> dict[str, str | int | float | bool]:
     """Arguments of [`~transformers.TrainingArguments`] for a phase that evaluates and saves as it goes."""
-    every = min(250, max(1, steps // 2))
+    every = min(250, max(1, steps // 2)) if evaluations is None else max(1, steps // evaluations)
     return {
         "output_dir": str(output_dir),
         "max_steps": steps,

@@ -6,6 +6,8 @@ come through the VoCo tokens. Here a row holds many turns that see the image and
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -15,6 +17,7 @@ from .still import Message
 
 
 IGNORED = -100
+KNOWN_TURNS = 2**16
 
 
 class SingleQuestionCollator:
@@ -29,6 +32,8 @@ class SingleQuestionCollator:
     def __init__(self, processor: VoCoLlamaProcessor, num_voco_tokens: int):
         self.processor = processor
         self.num_voco_tokens = num_voco_tokens
+        # The same is asked about many images
+        self.turn = lru_cache(KNOWN_TURNS)(partial(tokenize_turn, processor))
 
     def __call__(self, examples: list[PhaseRow]) -> dict[str, torch.Tensor]:
         """
@@ -43,10 +48,8 @@ class SingleQuestionCollator:
         """
         frames = [example["images"] if "images" in example else [example["image"]] for example in examples]
         images = self.processor.image_processor(images=[image for row in frames for image in row], return_tensors="pt")
-        messages = [message for example in examples for message in example["messages"]]
-        turns = iter(tokenize_turns(self.processor, messages[::2], messages[1::2]))
         rows = [
-            self._row(len(images), [next(turns) for _ in example["messages"][::2]])
+            self._row(len(images), [self.turn(*pair) for pair in pairs(example["messages"])])
             for images, example in zip(frames, examples)
         ]
         paddings = (self.processor.tokenizer.pad_token_id, IGNORED, 0, 0)
@@ -74,17 +77,17 @@ class SingleQuestionCollator:
         return (*map(torch.tensor, (ids, labels, groups)), torch.ones(len(ids), dtype=torch.long))
 
 
-def tokenize_turns(
-    processor: VoCoLlamaProcessor, questions: list[Message], answers: list[Message]
-) -> list[tuple[list[int], list[int]]]:
-    """Ids of questions and answers, as they stand behind an image that comes first."""
+def pairs(messages: list[Message]) -> list[tuple[str, str]]:
+    """Questions with their answers."""
+    return [(asked["content"], answer["content"]) for asked, answer in zip(messages[::2], messages[1::2])]
+
+
+def tokenize_turn(processor: VoCoLlamaProcessor, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of a question and of its answer, as they stand behind an image that comes first."""
     image, template = processor.image_token, processor.apply_chat_template
-    asked = [[{"role": "user", "content": f"{image}\n{question['content']}"}] for question in questions]
-    prompts = template(asked, tokenize=False, add_generation_prompt=True)
-    whole = template([[*turn, answer] for turn, answer in zip(asked, answers)], tokenize=False)
-    texts = (
-        [prompt.removeprefix(image) for prompt in prompts],
-        [text.removeprefix(prompt) for text, prompt in zip(whole, prompts)],
-    )
-    ids = (processor.tokenizer(part, add_special_tokens=False).input_ids for part in texts)
-    return list(zip(*ids))
+    asked = [{"role": "user", "content": f"{image}\n{question}"}]
+    prompt = template(asked, tokenize=False, add_generation_prompt=True)
+    whole = template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
+    texts = (prompt.removeprefix(image), whole.removeprefix(prompt))
+    question_ids, answer_ids = (processor.tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+    return question_ids, answer_ids

@@ -13,7 +13,7 @@ from ...llava import as_llava
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..data import PhaseRow
 from ..readers import MAX_ANSWER_TOKENS, Reader, VideoReader, decode_answers, make_prompts
-from ..single_questions import IGNORED, tokenize_turns
+from ..single_questions import IGNORED, pairs, tokenize_turn
 
 
 NO_FRAME = -1
@@ -97,8 +97,8 @@ class LlamaVidCollator:
     def __call__(self, examples: list[PhaseRow]) -> dict[str, torch.Tensor]:
         shown = [example["images"] if "images" in example else [example["image"]] for example in examples]
         images = self.processor.image_processor(images=[image for row in shown for image in row], return_tensors="pt")
-        messages = [message for example in examples for message in example["messages"]]
-        turns = tokenize_turns(self.processor, messages[::2], messages[1::2])
+        asked_about = [pair for example in examples for pair in pairs(example["messages"])]
+        turns = [tokenize_turn(self.processor, *pair) for pair in asked_about]
         rows, start = [], 0
         for example, row in zip(examples, shown, strict=True):
             rows += [list(range(start, start + len(row)))] * (len(example["messages"]) // 2)

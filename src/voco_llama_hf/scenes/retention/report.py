@@ -2,23 +2,102 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
+import transformers
+import trl
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ...benchmark.results import hardware
 from ...files import written_aside
 from ..evaluation import ScenesResults, retention
-from ..still import FAMILIES
-from .study import CAUSAL, UPPER
+from ..still import DIFFICULTIES, FAMILIES
+from .study import CAUSAL, UPPER, Courses, Curves
 
 
 # Mean retention in percent: paper, Table 2 (MMB, GQA, VQAv2 and SEED) and Table 1
 PAPER_VOCO = {1: 83.8, 2: 87.8, 4: 90.4, 8: 91.3, 16: 91.3, 32: 92.6, 64: 93.7, 128: 97.7}
 PAPER_BASELINES = {"average pooling": 64.1, "q-former": 57.2}
+
+
+@dataclass
+class Comparison:
+    """
+    What a study found.
+
+    Args:
+        size (`str`): Name of its [`Size`].
+        steps (`int`): Steps of every arm.
+        split, limit: What was asked about.
+        results (`dict[str, list[ScenesResults]]`): By arm, one a seed.
+        courses ([`Courses`]): How the arms were trained.
+    """
+
+    size: str
+    steps: int
+    split: str
+    limit: int
+    results: dict[str, list[ScenesResults]]
+    courses: Courses
+
+    @property
+    def seeds(self) -> int:
+        return len(self.results[UPPER.name])
+
+    @property
+    def rows(self) -> dict[str, list[Row]]:
+        """By difficulty."""
+        return {difficulty: make_rows(self.results, difficulty) for difficulty in DIFFICULTIES}
+
+    @property
+    def title(self) -> str:
+        seeds = f"{self.seeds} seed{'' if self.seeds == 1 else 's'}"
+        return f"{self.split} split, {self.limit} scenes, {self.steps} steps, {seeds}"
+
+    def print(self, console: Console) -> None:
+        """Prints the tables, in percent."""
+        for difficulty, rows in self.rows.items():
+            print_rows(rows, f"{difficulty} scenes: exact match and retention in percent ({self.title})", console)
+
+    def save(self, path: Path) -> None:
+        """Writes the results as JSON, or the tables as Markdown if the name ends so."""
+        if path.suffix.lower() == ".md":
+            text = "\n".join(f"## {name} scenes\n\n{to_markdown(rows)}" for name, rows in self.rows.items())
+        else:
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        with written_aside(path) as part:
+            part.write_text(text)
+
+    def to_dict(self) -> dict[str, object]:
+        some = self.results[UPPER.name][0]
+        return {
+            "date": date.today().isoformat(),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+            "size": self.size,
+            "split": self.split,
+            "limit": self.limit,
+            "num_questions": {name: counts["all"] for name, counts in some.num_questions.items()},
+            "steps": self.steps,
+            "seeds": self.seeds,
+            "rows": {name: [asdict(row) for row in rows] for name, rows in self.rows.items()},
+            **asdict(self.courses),
+        }
+
+    def plot(self, path: Path) -> None:
+        """Draws retention of dense scenes, and the courses of the trainings into a second picture beside it."""
+        plot_rows(self.rows["dense"], f"dense scenes ({self.title})", path)
+        plot_curves(self.courses.curves, path.with_stem(f"{path.stem}_training"))
 
 
 @dataclass
@@ -117,6 +196,24 @@ def plot_rows(rows: list[Row], title: str, path: Path) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(list(paper), list(map(str, paper)))
     panel.set(xlabel="VoCo tokens an image", ylabel="retention, %", title=title)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    with written_aside(path) as part:
+        figure.savefig(part, dpi=150, format=path.suffix[1:])
+
+
+def plot_curves(curves: dict[str, Curves], path: Path) -> None:
+    """Draws what every arm reads of the validation split as it is trained: the mean over seeds, and all of them."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    panel = figure.subplots()
+    for i, (name, by_seed) in enumerate(curves.items()):
+        steps = [step for step, _ in by_seed[0]]
+        shares = [[100 * share for _, share in curve] for curve in by_seed]
+        across = list(zip(*shares, strict=True))
+        panel.plot(steps, list(map(mean, across)), label=name, color=f"C{i}", marker=".")
+        panel.fill_between(steps, list(map(min, across)), list(map(max, across)), color=f"C{i}", alpha=0.15, lw=0)
+    panel.set(xlabel="steps", ylabel="exact match, dense scenes, validation, %")
+    panel.grid(axis="y", color="0.9", zorder=0)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
     with written_aside(path) as part:

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
 from ..phases import compile_layers, final_dir, load_weights, make_trainer, note, save_phase, train
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
-from ..recipe import SCENES_64, Phase, Recipe
+from ..data import phase_rows
+from ..recipe import Phase, Recipe
 from ..running import run_phase
+from ..single_questions import SingleQuestionCollator
 from ..still import make_scenes
 from .baselines import put_compressor
+from .following import EXACT_MATCH, Follower
+from .sizes import SCENES_64_SIZE, Size
 
 
 CAUSAL = "causal"
-QUESTIONS = 6  # about an image, in a step
-LEARNING_RATE = 1e-3
 FROZEN = ("vision_tower",)
-# A LLaVA of the scenes
-BASE = Recipe(phases=SCENES_64.phases[:2])
+FIRST_SEED = 0
+EVALUATIONS = 12  # of a training, as it goes
+# Of the dense scenes of the validation split by which a training is followed
+FOLLOWED_QUESTIONS, FOLLOWED_ROWS = 7, 64
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,15 @@ def elastic_arm(ks: tuple[int, ...]) -> Arm:
 
 def make_arms(ks: tuple[int, ...]) -> tuple[Arm, ...]:
     """
-    All arms, in the order of the table, for the numbers of VoCo tokens `ks`, ascending. One number is trained at its
-    smallest and at its largest, and what the largest taught is asked at all (paper, Table 4).
+    All arms, in the order of the table, for the numbers of VoCo tokens `ks`, ascending. What the largest taught is
+    asked at all (paper, Table 4).
     """
     return (
         UPPER,
         Arm("uncompressed only", (0,)),
         Arm("average pooling", (0,), compressor="average pooling"),
         Arm("q-former", (0,), compressor="q-former"),
-        *(fixed_arm(k, read_at=ks if k == ks[-1] else ()) for k in sorted({ks[0], ks[-1]})),
+        *(fixed_arm(k, read_at=ks if k == ks[-1] else ()) for k in ks),
         elastic_arm(ks),
         replace(elastic_arm(ks), name="elastic, distilled", distillation_weight=0.5),
     )
@@ -94,17 +99,21 @@ class Study:
 
     Args:
         work_dir (`Path`): Folder of data, weights and answers; what an interrupted run has left is kept.
-        steps (`int`): Optimizer steps of every arm.
-        base ([`Recipe`], *optional*): How the model is trained that all arms start from.
+        size ([`Size`], *optional*): How large everything is.
         trained_base (`Path`, *optional*): Folder of that model, where it is trained already.
         compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
     """
 
     work_dir: Path
-    steps: int
-    base: Recipe = BASE
+    size: Size = SCENES_64_SIZE
     trained_base: Path | None = None
     compile: bool = True
+    _rows: tuple[int, Dataset] | None = field(default=None, init=False)
+
+    @property
+    def base(self) -> Recipe:
+        """How the model is trained that all arms start from."""
+        return self.size.base
 
     @property
     def start(self) -> Path:
@@ -124,15 +133,29 @@ class Study:
 
     def trained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         """The model of an arm, trained or loaded."""
-        final = self._final(arm, seed)
-        if not final.exists():
-            self._train(arm, seed, final)
+        final = self._train_at(arm, seed, self.learning_rate(arm))
         model = self._untrained(arm, seed)
         model.load_state_dict(load_weights(final))
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def _final(self, arm: Arm, seed: int) -> Path:
-        return final_dir(self.work_dir, f"{arm.folder}-{self.steps}-steps-seed-{seed}")
+        return self._final_at(arm, seed, self.learning_rate(arm))
+
+    def _final_at(self, arm: Arm, seed: int, learning_rate: float) -> Path:
+        return final_dir(self.work_dir, f"{arm.folder}-{self.size.steps}-steps-at-{learning_rate:g}-seed-{seed}")
+
+    def learning_rate(self, arm: Arm) -> float:
+        """The one with which an arm reads validation best, trained with the first seed."""
+        first, *others = self.size.learning_rates
+        if not others:
+            return first
+        return max(self.size.learning_rates, key=lambda rate: self.curve(arm, FIRST_SEED, rate)[-1][1])
+
+    def curve(self, arm: Arm, seed: int, learning_rate: float | None = None) -> list[tuple[int, float]]:
+        """Steps of the training of an arm, and the exact match on dense scenes of the validation split there."""
+        rate = learning_rate or self.learning_rate(arm)
+        log = json.loads((self._train_at(arm, seed, rate) / "log.json").read_text())["log"]
+        return [(entry["step"], entry[EXACT_MATCH]) for entry in log if EXACT_MATCH in entry]
 
     def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         model = VoCoLlamaForConditionalGeneration.from_pretrained(
@@ -143,28 +166,48 @@ class Study:
             put_compressor(model, arm.compressor, arm.num_tokens)
         return model
 
-    def _train(self, arm: Arm, seed: int, final: Path) -> None:
+    def _train_at(self, arm: Arm, seed: int, learning_rate: float) -> Path:
+        """Folder of the trained arm."""
+        final = self._final_at(arm, seed, learning_rate)
+        if not final.exists():
+            self._train(arm, seed, learning_rate, final)
+        return final
+
+    def _train(self, arm: Arm, seed: int, learning_rate: float, final: Path) -> None:
         model = self._untrained(arm, seed)
         model.config.attention_mode = arm.attention_mode
         name = final.name.removesuffix("-final")
-        phase = self._phase(arm, name)
+        phase = self._phase(arm, name, learning_rate)
         if self.compile:
             compile_layers(model, with_attention=not phase.two_stages)
         trainer = self._trainer(model, arm, replace(self.base, seed=seed), phase)
+        for follower in self._followers(arm, phase):
+            trainer.add_callback(follower)
         log = run_phase(trainer)
-        save_phase(model, self.processor, note(name, self.steps, log), final)
+        save_phase(model, self.processor, note(name, self.size.steps, log), final)
+        shutil.rmtree(self.work_dir / name)
 
-    def _phase(self, arm: Arm, name: str) -> Phase:
+    def _followers(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
+        """What measures the training as it goes."""
+        recipe = replace(self.base, dense_share=1.0)
+        rows = phase_rows(recipe, replace(phase, describe=False, questions=FOLLOWED_QUESTIONS), "validation")
+        collate = SingleQuestionCollator(self.processor, max(1, arm.num_voco_tokens[0]))
+        starts = range(0, len(rows), FOLLOWED_ROWS)
+        batches = [collate([rows[i] for i in range(len(rows))[start:][:FOLLOWED_ROWS]]) for start in starts]
+        return [Follower(batches, UNCOMPRESSED if arm.num_voco_tokens[0] == 0 else arm.attention_mode)]
+
+    def _phase(self, arm: Arm, name: str, learning_rate: float) -> Phase:
         return Phase(
             name,
-            self.steps,
-            LEARNING_RATE,
+            self.size.steps,
+            learning_rate,
             "cosine",
             arm.num_voco_tokens,
-            questions=QUESTIONS,
+            questions=self.size.questions,
             describe=True,
             single=True,
             freeze=FROZEN,
+            evaluations=min(EVALUATIONS, self.size.steps),
         )
 
     def _trainer(self, model: VoCoLlamaForConditionalGeneration, arm: Arm, recipe: Recipe, phase: Phase) -> Trainer:
@@ -176,7 +219,14 @@ class Study:
             self.work_dir / phase.name,
             distillation_weight=arm.distillation_weight,
             teacher=str(self.start) if arm.distillation_weight > 0 else "self",
+            train_dataset=self._drawn(recipe, phase),
         )
+
+    def _drawn(self, recipe: Recipe, phase: Phase) -> Dataset:
+        """The rows of a seed, the same for all arms, which keep what others have drawn."""
+        if self._rows is None or self._rows[0] != recipe.seed:
+            self._rows = recipe.seed, phase_rows(recipe, phase, "train")
+        return self._rows[1]
 
     def answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> ScenesResults:
         """How well an arm answers the questions of a split, measured or read from where it was written."""
@@ -236,3 +286,32 @@ def run_study(
         report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
         results.setdefault(arm.name, []).append(study.answers(arm, seed, split, limit))
     return results
+
+
+# Steps of a training and the exact match on dense scenes of the validation split there, for each seed
+Curves = list[list[tuple[int, float]]]
+
+
+@dataclass
+class Courses:
+    """
+    How the arms were trained.
+
+    Args:
+        search (`dict[str, dict[str, float]]`): By arm, the learning rates that were tried, and the exact match on dense
+            scenes of the validation split at the end.
+        curves (`dict[str, Curves]`): By arm, what the trainings at the best of them have come through.
+    """
+
+    search: dict[str, dict[str, float]]
+    curves: dict[str, Curves]
+
+
+def trace(study: Study, ks: tuple[int, ...], seeds: range) -> Courses:
+    """The courses of the trainings of [`run_study`]."""
+    arms = make_arms(ks)
+    search = {
+        arm.name: {f"{rate:g}": study.curve(arm, FIRST_SEED, rate)[-1][1] for rate in study.size.learning_rates}
+        for arm in arms
+    }
+    return Courses(search, {arm.name: [study.curve(arm, seed) for seed in seeds] for arm in arms})

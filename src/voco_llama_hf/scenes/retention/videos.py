@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from rich.table import Table
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...files import written_aside
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
@@ -71,19 +71,28 @@ class VideoStudy(Study):
         model.resize_token_embeddings(len(self.processor.tokenizer))
         return model
 
-    def _phase(self, arm: Arm, name: str) -> Phase:
-        return replace(super()._phase(arm, name), videos=True, two_stages=arm.compressor is None)
+    def learning_rate(self, arm: Arm) -> float:
+        """The first: no validation of videos says which is best."""
+        return self.size.learning_rates[0]
+
+    def _followers(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
+        return []
+
+    def _phase(self, arm: Arm, name: str, learning_rate: float) -> Phase:
+        return replace(super()._phase(arm, name, learning_rate), videos=True, two_stages=arm.compressor is None)
 
     def _trainer(self, model: VoCoLlamaForConditionalGeneration, arm: Arm, recipe: Recipe, phase: Phase) -> Trainer:
         if arm.compressor != LLAMA_VID.compressor:
             return super()._trainer(model, arm, recipe, phase)
         model.model.vision_tower.requires_grad_(False)
-        options = phase_options(recipe, self.work_dir / phase.name, phase.steps, recipe.batch_size // 2)
+        options = phase_options(
+            recipe, self.work_dir / phase.name, phase.steps, recipe.batch_size // 2, phase.evaluations
+        )
         return LlamaVidTrainer(
             LlamaVid(model),
             TrainingArguments(**options, learning_rate=phase.learning_rate, lr_scheduler_type=phase.scheduler),
             data_collator=LlamaVidCollator(self.processor),
-            train_dataset=phase_rows(recipe, phase, "train"),
+            train_dataset=self._drawn(recipe, phase),
             eval_dataset=phase_rows(recipe, phase, "validation"),
         )
 
@@ -134,7 +143,7 @@ def run_video_study(
     for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
         report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
         results.setdefault(arm.name, []).append(study.video_answers(arm, seed, split, limit))
-    return VideoComparison(study.steps, results)
+    return VideoComparison(study.size.steps, results)
 
 
 @dataclass

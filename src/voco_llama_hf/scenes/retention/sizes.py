@@ -1,0 +1,63 @@
+"""How large a study is: what is drawn, how large the model is, and how long everything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..canvas import MINI
+from ..recipe import SCENES_64, Phase, Recipe
+
+
+# A LLaVA of the scenes
+BASE = Recipe(phases=SCENES_64.phases[:2])
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    Args:
+        base ([`Recipe`]): How the model is trained that all arms start from.
+        steps (`int`): Optimizer steps of every arm.
+        questions (`int`): Questions about an image in a step.
+        learning_rates (`tuple[float, ...]`): Peak learning rates that every arm is trained with, with the first seed;
+            the one that reads validation best is the arm's.
+    """
+
+    base: Recipe = BASE
+    steps: int = 1000
+    questions: int = 6
+    learning_rates: tuple[float, ...] = (1e-3,)
+
+
+# All arms are flat after minutes on one CPU core: 16 vision tokens, up to four objects
+MINI_SIZE = Size(
+    Recipe(
+        phases=(
+            Phase("description", 300, 2e-3, "constant_with_warmup", (0,), questions=4, describe=True, single=True),
+            Phase("uncompressed", 1200, 2e-3, "cosine", (0,), questions=4, describe=True, single=True),
+        ),
+        canvas=MINI,
+        num_train_scenes=20_000,
+        num_validation_scenes=128,
+        dense_share=0.6,
+        batch_size=32,
+        vision_steps=800,
+        vision_layers=3,
+        vision_width=128,
+        text_layers=3,
+        text_width=128,
+        num_workers=0,
+        keep_rows=True,
+    ),
+    steps=1200,
+    questions=4,
+    learning_rates=(1e-3, 3e-3),
+)
+# 64 vision tokens, up to nine objects: hours
+SCENES_64_SIZE = Size()
+SIZES = {"mini": MINI_SIZE, "scenes-64": SCENES_64_SIZE}
+
+
+def sized(name: str, steps: int | None = None) -> Size:
+    """A size, perhaps with other steps."""
+    return SIZES[name] if steps is None else replace(SIZES[name], steps=steps)
