@@ -89,3 +89,12 @@ def test_rows_are_drawn_alike_whenever_they_are_asked_for():
         assert [image.tobytes() for image in row["images"]] == [image.tobytes() for image in again["images"]]
     other = draw_row(replace(RECIPE, seed=1), phase, "train", 2)
     assert other["messages"] != rows[2]["messages"]
+
+
+def test_rows_that_are_kept_are_drawn_once_and_are_the_same():
+    phase = Phase("some", 1, 1e-3, "cosine", (0,), questions=2)
+    drawn = phase_rows(RECIPE, phase, "train")
+    kept = phase_rows(replace(RECIPE, keep_rows=True), phase, "train")
+    assert kept[5]["image"] is kept[3:7]["image"][2]
+    assert kept[3:7]["messages"] == drawn[3:7]["messages"]
+    assert [image.tobytes() for image in kept[[9, 4]]["image"]] == [drawn[i]["image"].tobytes() for i in (9, 4)]

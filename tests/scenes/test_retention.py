@@ -11,9 +11,10 @@ from voco_llama_hf.scenes.building import build_model, build_processor
 from voco_llama_hf.scenes.evaluation import ScenesResults
 from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader
 from voco_llama_hf.scenes.retention.baselines import put_compressor
-from voco_llama_hf.scenes.retention.report import make_curves, make_rows, plot_rows, print_rows, to_markdown
+from voco_llama_hf.scenes.retention.following import exact_match
+from voco_llama_hf.scenes.retention.report import Comparison, make_curves, make_rows, plot_rows, print_rows, to_markdown
 from voco_llama_hf.scenes.retention.sizes import Size
-from voco_llama_hf.scenes.retention.study import Arm, Study, make_arms, run_study
+from voco_llama_hf.scenes.retention.study import Arm, Study, fixed_arm, make_arms, run_study, trace
 from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES, make_scenes
 
 
@@ -99,10 +100,23 @@ def test_the_table_and_the_picture(tmp_path):
 
 def test_every_arm_of_the_paper_is_there():
     arms = {arm.name: arm for arm in make_arms((1, 2, 16))}
-    assert len({arm.folder for arm in arms.values()}) == len(arms) == 8
+    assert len({arm.folder for arm in arms.values()}) == len(arms) == 9
     assert arms["upper bound"].attention_mode == "causal"
     assert arms["trained at k=1"].read_at == (1,) and arms["trained at k=16"].read_at == (1, 2, 16)
     assert arms["elastic, distilled"].num_voco_tokens == arms["elastic"].num_voco_tokens == (1, 2, 16, 0)
+
+
+def test_exact_match_counts_questions_not_tokens():
+    labels = torch.tensor([[-100, -100, 3, 4, -100, 5], [-100, 6, -100, 7, 8, -100]])
+    groups = torch.tensor([[0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 2, 0]])
+    logits = torch.nn.functional.one_hot(labels.clamp(min=0).roll(-1, 1), 10).float()
+    assert exact_match(logits, labels, groups) == 1
+    logits[0, 1, 9] = 2  # the first token of the first answer
+    assert exact_match(logits, labels, groups) == 0.75
+    logits[0, 2, 9] = 2  # and its second
+    assert exact_match(logits, labels, groups) == 0.75
+    logits[1, 3, 9] = 2
+    assert exact_match(logits, labels, groups) == 0.5
 
 
 @pytest.mark.slow
@@ -125,3 +139,26 @@ def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     assert not torch.equal(*weights)
     log = json.loads((tmp_path / "elastic-distilled-2-steps-seed-0-final" / "log.json").read_text())["log"]
     assert any("distillation_loss" in entry for entry in log)
+
+    courses = trace(study, (1, 2), range(2))
+    assert [step for step, _ in courses.curves["elastic"][1]] == [1, 2]
+    assert all(list(tried) == ["0.001"] for tried in courses.search.values())
+    comparison = Comparison("micro", 2, "validation", 4, first, courses)
+    comparison.save(tmp_path / "study.json")
+    saved = json.loads((tmp_path / "study.json").read_text())
+    assert saved["seeds"] == 2 and saved["rows"]["dense"][0]["arm"] == "upper bound"
+    comparison.plot(tmp_path / "study.png")
+    for name in ("study.png", "study_training.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_learning_rate_that_reads_validation_best_is_taken(tmp_path):
+    study = Study(tmp_path, Size(RECIPE, steps=2, learning_rates=(1e-3, 1e-4)), compile=False)
+    study.prepare()
+    arm = fixed_arm(1)
+    tried = {rate: study.curve(arm, 0, rate)[-1][1] for rate in (1e-3, 1e-4)}
+    assert tried[study.learning_rate(arm)] == max(tried.values())
+    study.trained(arm, 1)
+    folders = [path.name for path in tmp_path.glob("trained-at-k=1-*-final")]
+    assert len(folders) == 3 and f"trained-at-k=1-2-steps-at-{study.learning_rate(arm):g}-seed-1-final" in folders

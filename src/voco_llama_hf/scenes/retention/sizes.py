@@ -33,14 +33,14 @@ class Size:
 MINI_SIZE = Size(
     Recipe(
         phases=(
-            Phase("description", 300, 2e-3, "constant_with_warmup", (0,), questions=4, describe=True, single=True),
-            Phase("uncompressed", 1200, 2e-3, "cosine", (0,), questions=4, describe=True, single=True),
+            Phase("description", 250, 3e-3, "constant_with_warmup", (0,), questions=2, describe=True, single=True),
+            Phase("uncompressed", 600, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
         ),
         canvas=MINI,
         num_train_scenes=20_000,
         num_validation_scenes=128,
         dense_share=0.6,
-        batch_size=32,
+        batch_size=16,
         vision_steps=800,
         vision_layers=3,
         vision_width=128,
@@ -49,9 +49,9 @@ MINI_SIZE = Size(
         num_workers=0,
         keep_rows=True,
     ),
-    steps=1200,
-    questions=4,
-    learning_rates=(1e-3, 3e-3),
+    steps=600,
+    questions=2,
+    learning_rates=(2e-3,),
 )
 # 64 vision tokens, up to nine objects: hours
 SCENES_64_SIZE = Size()
