@@ -49,15 +49,17 @@ class Suite(StrEnum):
     videos = "videos"
     retention = "retention"
     video_retention = "video-retention"
+    distillation = "distillation"
     lmms = "lmms"
 
 
-TRAINS = (Suite.retention, Suite.video_retention)
+TRAINS = (Suite.retention, Suite.video_retention, Suite.distillation)
 DEFAULT_COUNTS = {
     Suite.scenes: "1 2 4 8",
     Suite.videos: "2",
     Suite.retention: "1 2 8",
     Suite.video_retention: "1 2 8",
+    Suite.distillation: "1",
     Suite.lmms: "1 2 8",
 }
 SCENES, BATCH_SIZE = 1000, 128
@@ -94,7 +96,8 @@ def evaluate(
             help="scenes: how many questions about images a model answers right. videos: about short videos, with all "
             "frames, with one, and out of order. retention: what survives VoCo tokens, and other "
             "ways to shorten an image, all trained alike from one start: hours without a GPU. video-retention: "
-            "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID. lmms: tasks of lmms-eval at "
+            "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID. distillation: what a teacher "
+            "adds where few answers are known, at one VoCo token. lmms: tasks of lmms-eval at "
             "each number of VoCo tokens, uncompressed, and with the images of other questions."
         ),
     ] = Suite.scenes,
@@ -127,15 +130,15 @@ def evaluate(
     size: Annotated[
         StudySize,
         typer.Option(
-            help="Of both retentions: how large everything is. mini: 16 vision tokens, trained until nothing gets "
+            help="Of what trains: how large everything is. mini: 16 vision tokens, trained until nothing gets "
             "better, minutes each on one CPU core. scenes-64: 64 vision tokens and denser scenes, hours."
         ),
     ] = StudySize.mini,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Of both retentions: steps that everything is trained for, by default as the size."),
+        typer.Option(min=1, help="Of what trains: steps that everything is trained for, by default as the size."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Of both retentions: how often everything is trained.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Of what trains: how often everything is trained.")] = 3,
     include_path: Annotated[
         Path | None, typer.Option(help="Of lmms: folder of further tasks in lmms-eval's YAML format.")
     ] = None,
@@ -174,6 +177,8 @@ def evaluate(
 
     voco-llama evaluate --suite video-retention --output videos.json --plot videos.png
 
+    voco-llama evaluate --suite distillation --output distillation.json
+
     voco-llama evaluate --suite lmms gqa pope mme -k 1 2 8 --output lmms.json --plot lmms.png
     """
     if suite is Suite.lmms:
@@ -193,14 +198,17 @@ def evaluate(
         return
     limit = limit or SCENES
     if suite not in TRAINS:
-        evaluate_model(
-            suite, model, split.value, counts, limit, batch_size or BATCH_SIZE, output, plot, device, dtype
-        )
+        evaluate_model(suite, model, split.value, counts, limit, batch_size or BATCH_SIZE, output, plot, device, dtype)
     else:
         if any(option is not None for option in (model, device, dtype)):
             raise UsageProblem(
                 f"--suite {suite} trains its own models: --model, --device and --dtype do not go with it"
             )
+        if suite is Suite.distillation:
+            if counts != (1,):
+                raise UsageProblem("--suite distillation compresses into one token: --num-voco-tokens is 1")
+            compare_distillation(folder, size, steps, seeds, split.value, limit, output, plot)
+            return
         compare = compare_compressors if suite is Suite.retention else compare_video_compressors
         compare(folder, size, steps, seeds, split.value, counts, limit, output, plot)
 
@@ -332,3 +340,35 @@ def compare_video_compressors(
         comparison.save(output)
     if plot is not None:
         comparison.plot(plot)
+
+
+def compare_distillation(
+    work_dir: Path,
+    size: StudySize,
+    steps: int | None,
+    seeds: int,
+    split: str,
+    limit: int,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """
+    Trains and asks everything of the distillation suite.
+
+    Raises:
+        UsageProblem: if a picture is asked for.
+    """
+    if plot is not None:
+        raise UsageProblem("--suite distillation has a table alone: --plot does not go with it")
+    import datasets
+
+    from voco_llama_hf.scenes.retention.distilling import DistillationStudy, run_distillation
+    from voco_llama_hf.scenes.retention.sizes import sized
+
+    datasets.disable_progress_bars()
+    console = wide_console()
+    study = DistillationStudy(work_dir, sized(size.value, steps))
+    results = run_distillation(study, range(seeds), split, limit, report=console.rule)
+    results.print(console)
+    if output is not None:
+        results.save(output)

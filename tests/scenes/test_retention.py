@@ -12,7 +12,14 @@ from voco_llama_hf.scenes.evaluation import ScenesResults
 from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader
 from voco_llama_hf.scenes.retention.baselines import put_compressor
 from voco_llama_hf.scenes.retention.following import exact_match
-from voco_llama_hf.scenes.retention.report import Comparison, make_curves, make_rows, plot_rows, print_rows, to_markdown
+from voco_llama_hf.scenes.retention.report import (
+    Comparison,
+    make_curves,
+    make_rows,
+    plot_rows,
+    print_rows,
+    to_markdown,
+)
 from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.retention.study import Arm, Study, fixed_arm, make_arms, run_study, trace
 from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES, make_scenes

@@ -91,10 +91,13 @@ def _read_cache(
 
 
 def uncompressed_reader(
-    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixels: Pixels
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
+    pixels: Pixels,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> Reader:
     """Reads images, of one size, as a LLaVA of the same weights does, from all their vision tokens."""
-    return _llava_reader(model, processor, pixels, placeholder=processor.voco_token)
+    return _llava_reader(model, processor, pixels, placeholder=processor.voco_token, max_new_tokens=max_new_tokens)
 
 
 def causal_reader(
@@ -111,6 +114,7 @@ def _llava_reader(
     pixels: Pixels,
     placeholder: str,
     behind: str = "",
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> Reader:
     llava = as_llava(model, processor.tokenizer.convert_tokens_to_ids(placeholder))
     first = BatchFeature(choose(pixels, [0])).to(model.device, model.dtype)
@@ -120,7 +124,7 @@ def _llava_reader(
 
     def read(questions: list[str], images: list[int]) -> list[str]:
         prompts = [prompt.replace(processor.image_token, image) for prompt in make_prompts(processor, questions)]
-        return read_llava(llava, processor, prompts, choose(pixels, images))
+        return read_llava(llava, processor, prompts, choose(pixels, images), max_new_tokens)
 
     return read
 
@@ -150,7 +154,13 @@ def uncompressed_video_reader(
     return show
 
 
-def read_llava(llava: PreTrainedModel, processor: VoCoLlamaProcessor, prompts: list[str], pixels: Pixels) -> list[str]:
+def read_llava(
+    llava: PreTrainedModel,
+    processor: VoCoLlamaProcessor,
+    prompts: list[str],
+    pixels: Pixels,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
+) -> list[str]:
     """Answers of a LLaVA to prompts that hold a placeholder for every vision token of the images."""
     inputs = processor.tokenizer(
         prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
@@ -159,7 +169,7 @@ def read_llava(llava: PreTrainedModel, processor: VoCoLlamaProcessor, prompts: l
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         **BatchFeature(pixels).to(llava.device, llava.dtype),
-        max_new_tokens=MAX_ANSWER_TOKENS,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
     )
     return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])

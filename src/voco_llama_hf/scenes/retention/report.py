@@ -29,6 +29,16 @@ PAPER_VOCO = {1: 83.8, 2: 87.8, 4: 90.4, 8: 91.3, 16: 91.3, 32: 92.6, 64: 93.7, 
 PAPER_BASELINES = {"average pooling": 64.1, "q-former": 57.2}
 
 
+def origin() -> dict[str, object]:
+    """Date, command, hardware and versions."""
+    return {
+        "date": date.today().isoformat(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+    }
+
+
 @dataclass
 class Comparison:
     """
@@ -80,10 +90,7 @@ class Comparison:
     def to_dict(self) -> dict[str, object]:
         some = self.results[UPPER.name][0]
         return {
-            "date": date.today().isoformat(),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+            **origin(),
             "size": self.size,
             "split": self.split,
             "limit": self.limit,

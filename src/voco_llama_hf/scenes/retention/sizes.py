@@ -34,7 +34,7 @@ MINI_SIZE = Size(
     Recipe(
         phases=(
             Phase("description", 250, 3e-3, "constant_with_warmup", (0,), questions=2, describe=True, single=True),
-            Phase("uncompressed", 600, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
+            Phase("uncompressed", 400, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
         ),
         canvas=MINI,
         num_train_scenes=20_000,

@@ -14,10 +14,10 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..data import phase_rows
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
 from ..phases import compile_layers, final_dir, load_weights, make_trainer, note, save_phase, train
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
-from ..data import phase_rows
 from ..recipe import Phase, Recipe
 from ..running import run_phase
 from ..single_questions import SingleQuestionCollator
@@ -157,6 +157,11 @@ class Study:
         log = json.loads((self._train_at(arm, seed, rate) / "log.json").read_text())["log"]
         return [(entry["step"], entry[EXACT_MATCH]) for entry in log if EXACT_MATCH in entry]
 
+    def teacher(self) -> VoCoLlamaForConditionalGeneration:
+        """The model that all arms start from."""
+        model = VoCoLlamaForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
     def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         model = VoCoLlamaForConditionalGeneration.from_pretrained(
             self.start, dtype=torch.float32, attn_implementation=self.base.attention
@@ -219,11 +224,11 @@ class Study:
             self.work_dir / phase.name,
             distillation_weight=arm.distillation_weight,
             teacher=str(self.start) if arm.distillation_weight > 0 else "self",
-            train_dataset=self._drawn(recipe, phase),
+            train_dataset=self._drawn(arm, recipe, phase),
         )
 
-    def _drawn(self, recipe: Recipe, phase: Phase) -> Dataset:
-        """The rows of a seed, the same for all arms, which keep what others have drawn."""
+    def _drawn(self, arm: Arm, recipe: Recipe, phase: Phase) -> Dataset:
+        """What an arm is trained on: the rows of a seed, the same for all, which keep what others have drawn."""
         if self._rows is None or self._rows[0] != recipe.seed:
             self._rows = recipe.seed, phase_rows(recipe, phase, "train")
         return self._rows[1]

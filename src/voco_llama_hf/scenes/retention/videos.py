@@ -92,7 +92,7 @@ class VideoStudy(Study):
             LlamaVid(model),
             TrainingArguments(**options, learning_rate=phase.learning_rate, lr_scheduler_type=phase.scheduler),
             data_collator=LlamaVidCollator(self.processor),
-            train_dataset=self._drawn(recipe, phase),
+            train_dataset=self._drawn(arm, recipe, phase),
             eval_dataset=phase_rows(recipe, phase, "validation"),
         )
 

@@ -1,0 +1,191 @@
+"""When distillation helps (paper, Eq. 5): few answers are known, and a teacher reads many more images uncompressed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from ...files import written_aside
+from ...pictures import prepare
+from ..data import Draw
+from ..evaluation import ScenesResults
+from ..readers import uncompressed_reader
+from ..recipe import Phase, Recipe
+from ..still import DIFFICULTIES
+from .report import origin, percent
+from .study import Arm, Study, fixed_arm
+
+
+ANSWERED_AT_A_TIME = 64  # scenes
+LONGEST_DESCRIPTION = 60  # tokens
+
+
+@dataclass(frozen=True)
+class Lesson(Arm):
+    """
+    An [`Arm`] that is told few answers.
+
+    Args:
+        asks_teacher (`bool`): Whether it sees other scenes too, with the answers of the model that all arms start from.
+    """
+
+    asks_teacher: bool = False
+
+
+def lessons() -> tuple[Arm, ...]:
+    """
+    With the few answers alone, and with those of a teacher, in both cases with its words only and with its
+    distribution, half and half; and with all the true answers, which is as much as a teacher could give.
+    """
+    few = Lesson("few answers", (1,), read_at=(1,))
+    taught = replace(few, name="teacher's words", asks_teacher=True)
+    return (
+        few,
+        replace(few, name="few answers, distilled", distillation_weight=0.5),
+        taught,
+        replace(taught, name="teacher's distribution", distillation_weight=0.5),
+        fixed_arm(1),
+    )
+
+
+@dataclass
+class DistillationStudy(Study):
+    """
+    Compression into one token with few known answers. Other arguments are those of [`Study`].
+
+    Args:
+        known (`int`): Scenes whose answers are known.
+        unknown (`int`): Scenes that the teacher is asked about.
+    """
+
+    known: int = 500
+    unknown: int = 4000
+
+    def _drawn(self, arm: Arm, recipe: Recipe, phase: Phase) -> Dataset:
+        rows = super()._drawn(arm, recipe, phase)
+        if not isinstance(arm, Lesson):
+            return rows
+        if not arm.asks_teacher:
+            return rows.select(range(self.known))
+        answers = self._teacher_answers(rows, recipe.seed)
+        return Dataset.from_dict({"index": range(self.known + len(answers))}).with_transform(
+            with_answers(rows, answers, self.known)
+        )
+
+    def _teacher_answers(self, rows: Dataset, seed: int) -> list[list[str]]:
+        """What the teacher answers about the scenes after the first `known`, asked now or read."""
+        path = self.work_dir / f"teacher-{self.known}-{self.unknown}-seed-{seed}.json"
+        if not path.exists():
+            teacher = self.teacher()
+            answers: list[list[str]] = []
+            for start in range(self.known, self.known + self.unknown, ANSWERED_AT_A_TIME):
+                some = range(start, min(start + ANSWERED_AT_A_TIME, self.known + self.unknown))
+                batch = [rows[index] for index in some]
+                pixels = prepare(self.processor.image_processor, [row["image"] for row in batch])
+                read = uncompressed_reader(teacher, self.processor, pixels, LONGEST_DESCRIPTION)
+                asked = [(i, turn["content"]) for i, row in enumerate(batch) for turn in row["messages"][::2]]
+                said = iter(read([question for _, question in asked], [i for i, _ in asked]))
+                answers += [[next(said) for _ in row["messages"][::2]] for row in batch]
+            with written_aside(path) as part:
+                part.write_text(json.dumps(answers))
+        return json.loads(path.read_text())
+
+
+def with_answers(rows: Dataset, answers: list[list[str]], known: int) -> Draw:
+    """Draws `rows`, those after the first `known` with other answers."""
+
+    def draw(batch: dict[str, list[int]]) -> dict[str, list]:
+        drawn = [rows[index] for index in batch["index"]]
+        messages = [
+            row["messages"] if index < known else answered(row["messages"], answers[index - known])
+            for index, row in zip(batch["index"], drawn, strict=True)
+        ]
+        return {"image": [row["image"] for row in drawn], "messages": messages}
+
+    return draw
+
+
+def answered(messages: list[dict[str, str]], answers: list[str]) -> list[dict[str, str]]:
+    """A conversation with other answers."""
+    said = iter(answers)
+    return [turn if turn["role"] == "user" else {**turn, "content": next(said)} for turn in messages]
+
+
+@dataclass
+class Lessons:
+    """
+    What distillation added.
+
+    Args:
+        about (`dict`): What was trained and asked.
+        results (`dict[str, list[ScenesResults]]`): By arm, one a seed.
+    """
+
+    about: dict[str, object]
+    results: dict[str, list[ScenesResults]]
+
+    def cells(self) -> dict[str, list[str]]:
+        """Exact match in percent by arm, for sparse and dense scenes."""
+        return {
+            arm: [percent([one.accuracy["k=1"][difficulty]["all"] for one in by_seed]) for difficulty in DIFFICULTIES]
+            for arm, by_seed in self.results.items()
+        }
+
+    def print(self, console: Console) -> None:
+        """Prints the table, in percent."""
+        table = Table(title=f"One VoCo token, few answers: exact match, percent ({self.about['steps']} steps)")
+        table.add_column("trained with", no_wrap=True)
+        for difficulty in DIFFICULTIES:
+            table.add_column(difficulty, justify="right", no_wrap=True)
+        for arm, cells in self.cells().items():
+            table.add_row(arm, *cells)
+        console.print(table)
+
+    def save(self, path: Path) -> None:
+        """Writes the results as JSON, or the table as Markdown if the name ends so."""
+        if path.suffix.lower() == ".md":
+            lines = [f"| trained with | {' | '.join(DIFFICULTIES)} |", "| --- |" + " ---: |" * len(DIFFICULTIES)]
+            lines += [f"| {arm} | {' | '.join(cells)} |" for arm, cells in self.cells().items()]
+            text = "\n".join(lines) + "\n"
+        else:
+            results = {arm: [asdict(one) for one in by_seed] for arm, by_seed in self.results.items()}
+            text = json.dumps({**origin(), **self.about, "results": results}, indent=2) + "\n"
+        with written_aside(path) as part:
+            part.write_text(text)
+
+
+def run_distillation(
+    study: DistillationStudy, seeds: range, split: str, limit: int, report: Callable[[str], None] = print
+) -> Lessons:
+    """
+    Trains and asks all arms.
+
+    Args:
+        study ([`DistillationStudy`]): Where and how.
+        seeds (`range`): Seeds of the training.
+        split (`str`): Split to ask about.
+        limit (`int`): Number of its scenes.
+        report (`Callable`): Told what is done next.
+    """
+    report("the model that all start from")
+    study.prepare()
+    arms = lessons()
+    results: dict[str, list[ScenesResults]] = {}
+    for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
+        report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
+        results.setdefault(arm.name, []).append(study.answers(arm, seed, split, limit))
+    about = {
+        "split": split,
+        "limit": limit,
+        "steps": study.size.steps,
+        "seeds": len(seeds),
+        "known": study.known,
+        "unknown": study.unknown,
+    }
+    return Lessons(about, results)
