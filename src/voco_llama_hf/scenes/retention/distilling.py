@@ -32,7 +32,7 @@ class Lesson(Arm):
     An [`Arm`] that is told few answers.
 
     Args:
-        asks_teacher (`bool`): Whether it sees other scenes too, with the answers of the model that all arms start from.
+        asks_teacher (`bool`): Whether it sees other scenes too, with the answers of the model that all start from.
     """
 
     asks_teacher: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,7 +20,7 @@ def exact_match(logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): What follows each token.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens of the answers, and otherwise -100.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens of the answers, otherwise -100.
         groups (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Number of the question in its row.
     """
     labels, groups = labels[:, 1:], groups[:, 1:]
@@ -47,9 +49,9 @@ class Follower(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
+        model: PreTrainedModel = kwargs["model"]
         training = model.training
         model.eval()
         shares = [self._exact_match(model, batch) for batch in self.batches]

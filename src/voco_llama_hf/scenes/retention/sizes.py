@@ -38,7 +38,7 @@ MINI_SIZE = Size(
         ),
         canvas=MINI,
         num_train_scenes=20_000,
-        num_validation_scenes=128,
+        num_validation_scenes=64,
         dense_share=0.6,
         batch_size=16,
         vision_steps=800,

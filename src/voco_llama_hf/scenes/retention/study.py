@@ -30,7 +30,7 @@ from .sizes import SCENES_64_SIZE, Size
 CAUSAL = "causal"
 FROZEN = ("vision_tower",)
 FIRST_SEED = 0
-EVALUATIONS = 12  # of a training, as it goes
+EVALUATIONS = 10  # of a training, as it goes
 # Of the dense scenes of the validation split by which a training is followed
 FOLLOWED_QUESTIONS, FOLLOWED_ROWS = 7, 64
 
@@ -83,7 +83,6 @@ def make_arms(ks: tuple[int, ...]) -> tuple[Arm, ...]:
     """
     return (
         UPPER,
-        Arm("uncompressed only", (0,)),
         Arm("average pooling", (0,), compressor="average pooling"),
         Arm("q-former", (0,), compressor="q-former"),
         *(fixed_arm(k, read_at=ks if k == ks[-1] else ()) for k in ks),
@@ -303,8 +302,8 @@ class Courses:
     How the arms were trained.
 
     Args:
-        search (`dict[str, dict[str, float]]`): By arm, the learning rates that were tried, and the exact match on dense
-            scenes of the validation split at the end.
+        search (`dict[str, dict[str, float]]`): By arm, the learning rates that were tried, and the exact match on
+            dense scenes of the validation split at the end.
         curves (`dict[str, Curves]`): By arm, what the trainings at the best of them have come through.
     """
 
