@@ -1,0 +1,80 @@
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from scenes.recipe import RECIPE
+
+from voco_llama_hf.scenes.data import phase_rows
+from voco_llama_hf.scenes.evaluation import ScenesResults
+from voco_llama_hf.scenes.recipe import Phase
+from voco_llama_hf.scenes.retention.distilling import (
+    DistillationStudy,
+    Lesson,
+    Lessons,
+    lessons,
+    run_distillation,
+    with_answers,
+)
+from voco_llama_hf.scenes.retention.sizes import Size
+from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES
+
+
+disable_progress_bars()
+PHASE = Phase("some", 1, 1e-3, "cosine", (1,), questions=2, describe=True, single=True)
+
+
+def turns(row, role):
+    return [turn["content"] for turn in row["messages"] if turn["role"] == role]
+
+
+def test_the_first_scenes_keep_their_answers_and_the_others_have_the_teachers():
+    rows = phase_rows(replace(RECIPE, keep_rows=True), PHASE, "train")
+    said = [["a", "b", "c"], ["d", "e", "f"]]
+    told = Dataset.from_dict({"index": range(4)}).with_transform(with_answers(rows, said, known=2))
+    assert len(told) == 4
+    for index in range(4):
+        assert told[index]["image"].tobytes() == rows[index]["image"].tobytes()
+        assert turns(told[index], "user") == turns(rows[index], "user")
+    assert turns(told[1], "assistant") == turns(rows[1], "assistant")
+    assert turns(told[3], "assistant") == ["d", "e", "f"]
+    # What is kept is not changed
+    assert turns(rows[3], "assistant") != ["d", "e", "f"]
+
+
+def test_lessons_differ_in_who_answers_and_in_what_is_compared():
+    few, few_distilled, words, distribution, all_answers = lessons()
+    assert len({arm.folder for arm in lessons()}) == 5
+    assert [arm.distillation_weight for arm in lessons()] == [0, 0.5, 0, 0.5, 0]
+    assert not few.asks_teacher and not few_distilled.asks_teacher and words.asks_teacher and distribution.asks_teacher
+    assert not isinstance(all_answers, Lesson)
+
+
+def test_the_table_has_mean_and_spread(tmp_path):
+    results = [
+        ScenesResults("test", 1, {}, {"k=1": {d: dict.fromkeys(("all", *FAMILIES), value) for d in DIFFICULTIES}}, {})
+        for value in (0.5, 0.7)
+    ]
+    found = Lessons({"steps": 2}, {"few answers": results})
+    console = Console(file=io.StringIO(), width=100)
+    found.print(console)
+    assert "60.0 ±14.1" in console.file.getvalue()
+    found.save(tmp_path / "found.md")
+    assert (tmp_path / "found.md").read_text().splitlines()[-1] == "| few answers | 60.0 ±14.1 | 60.0 ±14.1 |"
+
+
+@pytest.mark.slow
+def test_a_micro_study_asks_the_teacher_once(tmp_path):
+    study = DistillationStudy(tmp_path, Size(RECIPE, steps=2, questions=2), compile=False, known=4, unknown=6)
+    first = run_distillation(study, range(1), "validation", 4, report=lambda what: None)
+    assert list(first.results) == [arm.name for arm in lessons()]
+    (path,) = tmp_path.glob("teacher-*.json")
+    answers = json.loads(path.read_text())
+    assert len(answers) == 6 and all(len(row) == 3 for row in answers)
+    first.save(tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text())["known"] == 4
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert run_distillation(study, range(1), "validation", 4, report=lambda what: None) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
