@@ -123,7 +123,7 @@ def evaluate(
     work_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Of retention, video-retention and lmms: folder of weights and answers; what is there is not made "
+            help="Of what trains, and of lmms: folder of weights and answers; what is there is not made "
             "again. By default in runs/, as the suite."
         ),
     ] = None,
@@ -153,13 +153,13 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="JSON file to write the results to; .md for the tables of both retentions and lmms."
+            "--output", "-o", help="JSON file to write the results to; .md for the tables of what trains, and of lmms."
         ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Picture to draw the results into (.png, .pdf, .svg); of retention, a second one, named with "
+            help="Picture to draw the results into (.png, .pdf, .svg). Of retention, a second one, named with "
             "_training behind, has the course of every training."
         ),
     ] = None,
