@@ -144,7 +144,7 @@ def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     # Seeds differ in what is trained, arms in how
     weights = [study.trained(Arm("elastic", (1, 2, 0)), seed).lm_head.weight for seed in (0, 1)]
     assert not torch.equal(*weights)
-    log = json.loads((tmp_path / "elastic-distilled-2-steps-seed-0-final" / "log.json").read_text())["log"]
+    log = json.loads((tmp_path / "elastic-distilled-2-steps-at-0.001-seed-0-final" / "log.json").read_text())["log"]
     assert any("distillation_loss" in entry for entry in log)
 
     courses = trace(study, (1, 2), range(2))
