@@ -49,7 +49,7 @@ MINI_SIZE = Size(
         num_workers=0,
         keep_rows=True,
     ),
-    steps=600,
+    steps=400,
     questions=2,
     learning_rates=(2e-3,),
 )
