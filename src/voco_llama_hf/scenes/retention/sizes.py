@@ -35,6 +35,7 @@ MINI_SIZE = Size(
         phases=(
             Phase("description", 250, 3e-3, "constant_with_warmup", (0,), questions=2, describe=True, single=True),
             Phase("uncompressed", 400, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
+            Phase("questions", 1000, 3e-3, "cosine", (0,), questions=6, describe=True, single=True),
         ),
         canvas=MINI,
         num_train_scenes=20_000,
@@ -49,8 +50,8 @@ MINI_SIZE = Size(
         num_workers=0,
         keep_rows=True,
     ),
-    steps=400,
-    questions=2,
+    steps=1000,
+    questions=6,
     learning_rates=(2e-3,),
 )
 # 64 vision tokens, up to nine objects: hours
