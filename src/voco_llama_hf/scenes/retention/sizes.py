@@ -35,7 +35,6 @@ MINI_SIZE = Size(
         phases=(
             Phase("description", 250, 3e-3, "constant_with_warmup", (0,), questions=2, describe=True, single=True),
             Phase("uncompressed", 400, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
-            Phase("questions", 1000, 3e-3, "cosine", (0,), questions=6, describe=True, single=True),
         ),
         canvas=MINI,
         num_train_scenes=20_000,
@@ -50,8 +49,8 @@ MINI_SIZE = Size(
         num_workers=0,
         keep_rows=True,
     ),
-    steps=1000,
-    questions=6,
+    steps=400,
+    questions=2,
     learning_rates=(2e-3,),
 )
 # 64 vision tokens, up to nine objects: hours
