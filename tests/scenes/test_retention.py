@@ -11,6 +11,7 @@ from voco_llama_hf.scenes.building import build_model, build_processor
 from voco_llama_hf.scenes.evaluation import ScenesResults
 from voco_llama_hf.scenes.readers import preprocess, uncompressed_reader
 from voco_llama_hf.scenes.retention.baselines import put_compressor
+from voco_llama_hf.scenes.retention.describing import OBJECTS, named
 from voco_llama_hf.scenes.retention.following import exact_match
 from voco_llama_hf.scenes.retention.report import (
     Comparison,
@@ -60,7 +61,7 @@ def test_a_compressor_makes_few_tokens_of_an_image(processor, compressor, num_to
 
 
 def scores(value: float) -> dict[str, dict[str, float]]:
-    return {difficulty: dict.fromkeys(("all", *FAMILIES), value) for difficulty in DIFFICULTIES}
+    return {difficulty: dict.fromkeys((OBJECTS, "all", *FAMILIES), value) for difficulty in DIFFICULTIES}
 
 
 def results(**accuracy: float) -> ScenesResults:
@@ -79,10 +80,10 @@ RESULTS = {
 
 def test_retention_is_the_share_between_the_bounds_of_the_same_seed():
     rows = {(row.arm, row.reading): row for row in make_rows(RESULTS, "dense")}
-    assert rows["upper bound", "causal"].retention == pytest.approx([1, 1])
-    assert rows["lower bound", "k=1"].retention == pytest.approx([0, 0])
-    assert rows["q-former", "k=1"].retention == pytest.approx([0.25, 0.5])
-    assert rows["elastic", "k=1"].retention == pytest.approx([0.75, 1])
+    assert rows["upper bound", "causal"].retention["all"] == pytest.approx([1, 1])
+    assert rows["lower bound", "k=1"].retention["all"] == pytest.approx([0, 0])
+    assert rows["q-former", "k=1"].retention["all"] == pytest.approx([0.25, 0.5])
+    assert rows["elastic", "k=1"].retention["all"] == pytest.approx([0.75, 1])
     assert rows["elastic", "uncompressed"].accuracy["where"] == [0.9, 0.8]
 
 
@@ -99,8 +100,10 @@ def test_the_table_and_the_picture(tmp_path):
     table = console.file.getvalue()
     assert all(word in table for word in ("upper bound", "lower bound", "37.5 ±17.7", "85.0 ±7.1", *FAMILIES))
     head, _, first, *_ = to_markdown(rows).splitlines()
-    assert head.startswith("| arm | asked with | exact match |") and head.count("|") == first.count("|")
-    assert first.startswith("| upper bound | causal | 85.0 ±7.1 | 100.0 ±0.0 |")
+    assert head.startswith("| arm | asked with | objects | retention | questions | retention |") and head.count(
+        "|"
+    ) == first.count("|")
+    assert first.startswith("| upper bound | causal | 85.0 ±7.1 | 100.0 ±0.0 | 85.0 ±7.1 | 100.0 ±0.0 |")
     plot_rows(rows, "some title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -111,6 +114,16 @@ def test_every_arm_of_the_paper_is_there():
     assert arms["upper bound"].attention_mode == "causal"
     assert arms["trained at k=1"].read_at == (1,) and arms["trained at k=16"].read_at == (1, 2, 16)
     assert arms["elastic, distilled"].num_voco_tokens == arms["elastic"].num_voco_tokens == (1, 2, 16, 0)
+
+
+def test_objects_are_named_with_all_that_is_said_of_them():
+    true = "large red star top left, small blue 7 center"
+    assert named(true, true) == named("small blue 7 center, large red star top left", true) == 1
+    assert named("large red star top left, small blue 1 center", true) == 0.5
+    assert named("large red star top left", true) == 0.5
+    # Naming everything is no way to name all
+    assert named(f"{true}, large red star center, small green 3 center", true) == 0.5
+    assert named("", true) == 0
 
 
 def test_exact_match_counts_questions_not_tokens():
@@ -148,7 +161,7 @@ def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     assert any("distillation_loss" in entry for entry in log)
 
     courses = trace(study, (1, 2), range(2))
-    assert [step for step, _ in courses.curves["elastic"][1]] == [1, 2]
+    assert [point.step for point in courses.curves["elastic"][1]] == [1, 2]
     assert all(list(tried) == ["0.001"] for tried in courses.search.values())
     comparison = Comparison("micro", 2, "validation", 4, first, courses)
     comparison.save(tmp_path / "study.json")
@@ -164,7 +177,7 @@ def test_the_learning_rate_that_reads_validation_best_is_taken(tmp_path):
     study = Study(tmp_path, Size(RECIPE, steps=2, learning_rates=(1e-3, 1e-4)), compile=False)
     study.prepare()
     arm = fixed_arm(1)
-    tried = {rate: study.curve(arm, 0, rate)[-1][1] for rate in (1e-3, 1e-4)}
+    tried = {rate: study.curve(arm, 0, rate)[-1].exact_match for rate in (1e-3, 1e-4)}
     assert tried[study.learning_rate(arm)] == max(tried.values())
     study.trained(arm, 1)
     folders = [path.name for path in tmp_path.glob("trained-at-k=1-*-final")]

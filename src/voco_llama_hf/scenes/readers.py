@@ -34,7 +34,11 @@ def preprocess(processor: VoCoLlamaProcessor, scenes: Dataset) -> Pixels:
 
 
 def voco_reader(
-    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixels: Pixels, k: int
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
+    pixels: Pixels,
+    k: int,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> Reader:
     """Reads images from `k` VoCo tokens each; every image is compressed once, at the first question."""
     cache: VoCoCache | None = None
@@ -43,7 +47,7 @@ def voco_reader(
         nonlocal cache
         if cache is None:
             cache = model.compress(**join([pixels], model.dtype), num_voco_tokens=k, show_progress=False)
-        return _read_cache(model, processor, cache[images], make_prompts(processor, questions))
+        return _read_cache(model, processor, cache[images], make_prompts(processor, questions), max_new_tokens)
 
     return read
 
@@ -69,7 +73,7 @@ def voco_video_reader(
             seen = [shown[video] for video in videos]
             batch = compressed[[index for indices in seen for index in indices]]
             prompts = make_prompts(processor, questions, "video")
-            return _read_cache(model, processor, batch, prompts, num_frames=list(map(len, seen)))
+            return _read_cache(model, processor, batch, prompts, MAX_ANSWER_TOKENS, num_frames=list(map(len, seen)))
 
         return read
 
@@ -81,12 +85,13 @@ def _read_cache(
     processor: VoCoLlamaProcessor,
     cache: VoCoCache,
     prompts: list[str],
+    max_new_tokens: int,
     **options: list[int],
 ) -> list[str]:
     inputs = processor(
         text=prompts, voco_cache=cache, padding=True, padding_side="left", return_tensors="pt", **options
     ).to(model.device)
-    ids = model.generate(**inputs, voco_cache=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    ids = model.generate(**inputs, voco_cache=cache, max_new_tokens=max_new_tokens, do_sample=False)
     return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
 
 
@@ -101,11 +106,16 @@ def uncompressed_reader(
 
 
 def causal_reader(
-    model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, pixels: Pixels, k: int
+    model: VoCoLlamaForConditionalGeneration,
+    processor: VoCoLlamaProcessor,
+    pixels: Pixels,
+    k: int,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> Reader:
     """Reads images of one size from all vision tokens and `k` VoCo tokens behind, nothing hidden (paper, Table 1)."""
     behind = processor.tokenizer.decode(model.config.vision_suffix_token_ids) + processor.voco_token * k
-    return _llava_reader(model, processor, pixels, placeholder=processor.image_token, behind=behind)
+    placeholder = processor.image_token
+    return _llava_reader(model, processor, pixels, placeholder, behind, max_new_tokens)
 
 
 def _llava_reader(

@@ -18,12 +18,12 @@ from ..evaluation import ScenesResults
 from ..readers import uncompressed_reader
 from ..recipe import Phase, Recipe
 from ..still import DIFFICULTIES
+from .describing import LONGEST_DESCRIPTION
 from .report import origin, percent
 from .study import Arm, Study, fixed_arm
 
 
 ANSWERED_AT_A_TIME = 64  # scenes
-LONGEST_DESCRIPTION = 60  # tokens
 
 
 @dataclass(frozen=True)

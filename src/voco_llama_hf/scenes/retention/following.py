@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,6 +11,24 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 EXACT_MATCH = "eval_exact_match"
 
 Batch = dict[str, torch.Tensor]
+
+
+class Point(NamedTuple):
+    """
+    A model in its training, on the validation split.
+
+    Args:
+        step (`int`): Optimizer steps so far.
+        loss (`float`): Of answers and descriptions.
+        exact_match (`float`): Share of the questions about dense scenes that are answered right.
+    """
+
+    step: int
+    loss: float
+    exact_match: float
+
+
+Curve = list[Point]
 
 
 def exact_match(logits: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> float:

@@ -21,9 +21,13 @@ from ...benchmark.results import hardware
 from ...files import written_aside
 from ..evaluation import ScenesResults, retention
 from ..still import DIFFICULTIES, FAMILIES
-from .study import CAUSAL, UPPER, Courses, Curves
+from .describing import OBJECTS
+from .following import Curve
+from .study import CAUSAL, UPPER, Courses
 
 
+RETAINED = (OBJECTS, "all")
+HEADINGS = ("objects", "retention", "questions", "retention", *FAMILIES)
 # Mean retention in percent: paper, Table 2 (MMB, GQA, VQAv2 and SEED) and Table 1
 PAPER_VOCO = {1: 83.8, 2: 87.8, 4: 90.4, 8: 91.3, 16: 91.3, 32: 92.6, 64: 93.7, 128: 97.7}
 PAPER_BASELINES = {"average pooling": 64.1, "q-former": 57.2}
@@ -115,31 +119,40 @@ class Row:
     Args:
         arm (`str`): Name of the arm.
         reading (`str`): `"k=1"`, ..., `"causal"` or `"uncompressed"`.
-        accuracy (`dict[str, list[float]]`): Exact match from 0 to 1 by family (and `"all"`), one number a seed.
-        retention (`list[float]`):
-            Share of what lies between lower and upper bound that was kept, over all questions, one number a seed.
-            Upper bound: trained and asked with VoCo tokens in the sequence and nothing hidden; lower bound: the same
-            model, restricted to one VoCo token (paper, Table 1).
+        accuracy (`dict[str, list[float]]`):
+            From 0 to 1, one number a seed: share of the objects that a description names (`"objects"`), and exact
+            match of answers by family (and `"all"`).
+        retention (`dict[str, list[float]]`):
+            Of `"objects"` and `"all"`, share of what lies between lower and upper bound that was kept, one number a
+            seed. Upper bound: trained and asked with VoCo tokens in the sequence and nothing hidden; lower bound: the
+            same model, restricted to one VoCo token (paper, Table 1).
     """
 
     arm: str
     reading: str
     accuracy: dict[str, list[float]]
-    retention: list[float]
+    retention: dict[str, list[float]]
 
 
 def make_rows(results: dict[str, list[ScenesResults]], difficulty: str) -> list[Row]:
     """Rows of the table, for one difficulty of the scenes."""
-    upper = [result.accuracy[CAUSAL][difficulty]["all"] for result in results[UPPER.name]]
-    lower = [result.accuracy["k=1"][difficulty]["all"] for result in results[UPPER.name]]
+    bounds = [
+        (result.accuracy["k=1"][difficulty], result.accuracy[CAUSAL][difficulty]) for result in results[UPPER.name]
+    ]
     rows = []
     for arm, by_seed in results.items():
         for reading in by_seed[0].accuracy:
             scores = [result.accuracy[reading][difficulty] for result in by_seed]
             name = "lower bound" if (arm, reading) == (UPPER.name, "k=1") else arm
-            accuracy = {family: [score[family] for score in scores] for family in ("all", *FAMILIES)}
-            bounds = zip(accuracy["all"], lower, upper, strict=True)
-            rows.append(Row(name, reading, accuracy, [retention(*numbers) for numbers in bounds]))
+            accuracy = {group: [score[group] for score in scores] for group in (OBJECTS, "all", *FAMILIES)}
+            kept = {
+                group: [
+                    retention(score[group], lower[group], upper[group])
+                    for score, (lower, upper) in zip(scores, bounds, strict=True)
+                ]
+                for group in RETAINED
+            }
+            rows.append(Row(name, reading, accuracy, kept))
     return rows
 
 
@@ -149,37 +162,41 @@ def percent(values: list[float]) -> str:
     return f"{100 * mean(values):.1f}{spread}"
 
 
+def cells(row: Row) -> list[str]:
+    """What stands under [`HEADINGS`], in percent."""
+    kept = [numbers for group in RETAINED for numbers in (row.accuracy[group], row.retention[group])]
+    return list(map(percent, [*kept, *(row.accuracy[family] for family in FAMILIES)]))
+
+
 def print_rows(rows: list[Row], title: str, console: Console) -> None:
     """Prints the table, in percent."""
     table = Table(title=title)
     for heading in ("arm", "asked with"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("all", "retention", *FAMILIES):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     shown = ""
     for row in rows:
-        numbers = [row.accuracy["all"], row.retention, *(row.accuracy[family] for family in FAMILIES)]
-        table.add_row("" if row.arm == shown else row.arm, row.reading, *map(percent, numbers))
+        table.add_row("" if row.arm == shown else row.arm, row.reading, *cells(row))
         shown = row.arm
     console.print(table)
 
 
 def to_markdown(rows: list[Row]) -> str:
     """The table as Markdown, in percent."""
-    head = ("arm", "asked with", "exact match", "retention", *FAMILIES)
+    head = ("arm", "asked with", *HEADINGS)
     lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
     for row in rows:
-        numbers = [row.accuracy["all"], row.retention, *(row.accuracy[family] for family in FAMILIES)]
-        lines.append(f"| {row.arm} | {row.reading} | {' | '.join(map(percent, numbers))} |")
+        lines.append(f"| {row.arm} | {row.reading} | {' | '.join(cells(row))} |")
     return "\n".join(lines) + "\n"
 
 
 def make_curves(rows: list[Row]) -> dict[str, list[tuple[int, list[float]]]]:
-    """Retention over the number of tokens, by arm."""
+    """Retention of the objects over the number of tokens, by arm."""
     curves: dict[str, list[tuple[int, list[float]]]] = {}
     for row in rows:
         if row.reading.startswith("k=") and row.arm != "lower bound":
-            curves.setdefault(row.arm, []).append((int(row.reading.removeprefix("k=")), row.retention))
+            curves.setdefault(row.arm, []).append((int(row.reading.removeprefix("k=")), row.retention[OBJECTS]))
     return curves
 
 
@@ -202,26 +219,33 @@ def plot_rows(rows: list[Row], title: str, path: Path) -> None:
     panel.axhline(100, color="0.8", linewidth=1, zorder=0)
     panel.set_xscale("log", base=2)
     panel.set_xticks(list(paper), list(map(str, paper)))
-    panel.set(xlabel="VoCo tokens an image", ylabel="retention, %", title=title)
+    panel.set(xlabel="VoCo tokens an image", ylabel="retention of the objects, %", title=title)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
     with written_aside(path) as part:
         figure.savefig(part, dpi=150, format=path.suffix[1:])
 
 
-def plot_curves(curves: dict[str, Curves], path: Path) -> None:
-    """Draws what every arm reads of the validation split as it is trained: the mean over seeds, and all of them."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    panel = figure.subplots()
+def plot_curves(curves: dict[str, list[Curve]], path: Path) -> None:
+    """
+    Draws what every arm makes of the validation split as it is trained, loss and exact match: the mean over seeds, and
+    from the least to the most.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
     for i, (name, by_seed) in enumerate(curves.items()):
-        steps = [step for step, _ in by_seed[0]]
-        shares = [[100 * share for _, share in curve] for curve in by_seed]
-        across = list(zip(*shares, strict=True))
-        panel.plot(steps, list(map(mean, across)), label=name, color=f"C{i}", marker=".")
-        panel.fill_between(steps, list(map(min, across)), list(map(max, across)), color=f"C{i}", alpha=0.15, lw=0)
-    panel.set(xlabel="steps", ylabel="exact match, dense scenes, validation, %")
-    panel.grid(axis="y", color="0.9", zorder=0)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
+        steps = [point.step for point in by_seed[0]]
+        losses = [[point.loss for point in curve] for curve in by_seed]
+        shares = [[100 * point.exact_match for point in curve] for curve in by_seed]
+        for panel, courses in zip(panels, (losses, shares), strict=True):
+            across = list(zip(*courses, strict=True))
+            panel.plot(steps, list(map(mean, across)), label=name, color=f"C{i}", marker=".")
+            panel.fill_between(steps, list(map(min, across)), list(map(max, across)), color=f"C{i}", alpha=0.15, lw=0)
+    panels[0].set(xlabel="steps", ylabel="validation loss", yscale="log")
+    panels[1].set(xlabel="steps", ylabel="exact match, dense scenes, validation, %")
+    for panel in panels:
+        panel.grid(axis="y", color="0.9", zorder=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     with written_aside(path) as part:
         figure.savefig(part, dpi=150, format=path.suffix[1:])

@@ -23,7 +23,8 @@ from ..running import run_phase
 from ..single_questions import SingleQuestionCollator
 from ..still import make_scenes
 from .baselines import put_compressor
-from .following import EXACT_MATCH, Follower
+from .describing import LONGEST_DESCRIPTION, OBJECTS, name_objects
+from .following import EXACT_MATCH, Curve, Follower, Point
 from .sizes import SCENES_64_SIZE, Size
 
 
@@ -148,13 +149,13 @@ class Study:
         first, *others = self.size.learning_rates
         if not others:
             return first
-        return max(self.size.learning_rates, key=lambda rate: self.curve(arm, FIRST_SEED, rate)[-1][1])
+        return max(self.size.learning_rates, key=lambda rate: self.curve(arm, FIRST_SEED, rate)[-1].exact_match)
 
-    def curve(self, arm: Arm, seed: int, learning_rate: float | None = None) -> list[tuple[int, float]]:
-        """Steps of the training of an arm, and the exact match on dense scenes of the validation split there."""
+    def curve(self, arm: Arm, seed: int, learning_rate: float | None = None) -> Curve:
+        """What the training of an arm has come through."""
         rate = learning_rate or self.learning_rate(arm)
         log = json.loads((self._train_at(arm, seed, rate) / "log.json").read_text())["log"]
-        return [(entry["step"], entry[EXACT_MATCH]) for entry in log if EXACT_MATCH in entry]
+        return [Point(entry["step"], entry["eval_loss"], entry[EXACT_MATCH]) for entry in log if EXACT_MATCH in entry]
 
     def teacher(self) -> VoCoLlamaForConditionalGeneration:
         """The model that all arms start from."""
@@ -233,13 +234,20 @@ class Study:
         return self._rows[1]
 
     def answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> ScenesResults:
-        """How well an arm answers the questions of a split, measured or read from where it was written."""
-        path = self._final(arm, seed) / f"results-{split}-{limit}.json"
+        """
+        How well an arm answers the questions of a split, and names the objects of its scenes, measured or read from
+        where it was written.
+        """
+        path = self._final(arm, seed) / f"answers-{split}-{limit}.json"
         if not path.exists():
             model = self.trained(arm, seed)
             scenes = make_scenes(split, limit, canvas=self.base.canvas)
             readers = make_readers(arm, model, self.processor, scenes)
-            score_readers(readers, scenes, split, shuffled=False, progress=progress).save(path)
+            results = score_readers(readers, scenes, split, shuffled=False, progress=progress)
+            for reading, reader in readers.items():
+                for difficulty, share in name_objects(reader, scenes).items():
+                    results.accuracy[reading][difficulty][OBJECTS] = share
+            results.save(path)
         return ScenesResults(**json.loads(path.read_text()))
 
 
@@ -247,15 +255,16 @@ def make_readers(
     arm: Arm, model: VoCoLlamaForConditionalGeneration, processor: VoCoLlamaProcessor, scenes: Dataset
 ) -> dict[str, Reader]:
     """The ways in which an arm is asked."""
-    images = preprocess(processor, scenes)
+    shown = model, processor, preprocess(processor, scenes)
+    longest = LONGEST_DESCRIPTION
     readers: dict[str, Reader] = {}
     if arm.attention_mode == CAUSAL:
-        readers[CAUSAL] = causal_reader(model, processor, images, arm.num_voco_tokens[0])
-    readers |= {f"k={k}": voco_reader(model, processor, images, k) for k in arm.read_at}
+        readers[CAUSAL] = causal_reader(*shown, arm.num_voco_tokens[0], longest)
+    readers |= {f"k={k}": voco_reader(*shown, k, longest) for k in arm.read_at}
     if arm.compressor is not None:
-        readers["k=1"] = uncompressed_reader(model, processor, images)
+        readers["k=1"] = uncompressed_reader(*shown, longest)
     elif 0 in arm.num_voco_tokens:
-        readers[UNCOMPRESSED] = uncompressed_reader(model, processor, images)
+        readers[UNCOMPRESSED] = uncompressed_reader(*shown, longest)
     return readers
 
 
@@ -292,10 +301,6 @@ def run_study(
     return results
 
 
-# Steps of a training and the exact match on dense scenes of the validation split there, for each seed
-Curves = list[list[tuple[int, float]]]
-
-
 @dataclass
 class Courses:
     """
@@ -304,18 +309,20 @@ class Courses:
     Args:
         search (`dict[str, dict[str, float]]`): By arm, the learning rates that were tried, and the exact match on
             dense scenes of the validation split at the end.
-        curves (`dict[str, Curves]`): By arm, what the trainings at the best of them have come through.
+        curves (`dict[str, list[Curve]]`): By arm, one a seed, what the trainings at the best have come through.
     """
 
     search: dict[str, dict[str, float]]
-    curves: dict[str, Curves]
+    curves: dict[str, list[Curve]]
 
 
 def trace(study: Study, ks: tuple[int, ...], seeds: range) -> Courses:
     """The courses of the trainings of [`run_study`]."""
     arms = make_arms(ks)
     search = {
-        arm.name: {f"{rate:g}": study.curve(arm, FIRST_SEED, rate)[-1][1] for rate in study.size.learning_rates}
+        arm.name: {
+            f"{rate:g}": study.curve(arm, FIRST_SEED, rate)[-1].exact_match for rate in study.size.learning_rates
+        }
         for arm in arms
     }
     return Courses(search, {arm.name: [study.curve(arm, seed) for seed in seeds] for arm in arms})
