@@ -327,8 +327,10 @@ def print_trainable_parameters(model: torch.nn.Module, console: Console | None =
         path = name.removeprefix("model.").split(".")
         part = ".".join(path[:2]) if path[0] == "language_model" else path[0]
         count = parts.setdefault(part, [0, 0])
-        count[0] += parameter.numel()
-        count[1] += parameter.numel() if parameter.requires_grad else 0
+        # What ZeRO-3 has sharded is empty here
+        number = parameter.ds_numel if is_deepspeed_zero3_enabled() else parameter.numel()
+        count[0] += number
+        count[1] += number if parameter.requires_grad else 0
     table = Table(title="Trained parameters")
     table.add_column("module")
     for heading in ("parameters", "trained", "share"):
