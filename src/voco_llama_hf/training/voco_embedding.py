@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def with_voco_embedding(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
@@ -48,8 +47,8 @@ def trains_module(peft_config: LoraConfig, name: str) -> bool:
 
 
 def warn_if_voco_is_not_trained(model: PeftModel) -> None:
-    """Says so if the loss has no gradient to the embedding of `<voco>`; not where ZeRO-3 has its weights elsewhere."""
-    if model.device.type == "meta" or is_deepspeed_zero3_enabled():
+    """Says so if the loss has no gradient to the embedding of `<voco>`."""
+    if model.device.type == "meta":
         return
     base = model.get_base_model()
     embedding = base.get_input_embeddings()
