@@ -104,8 +104,8 @@ class Runner:
 
 def environment(head: dict[str, Any]) -> dict[str, str]:
     """
-    Of a stage's process. A dry run sees no GPU, compiles nothing, which takes minutes, and has one thread a stage: more
-    would wait for each other in operations as small as these.
+    Of a stage's process. A dry run sees no GPU, compiles nothing, which takes minutes, and has one thread a stage:
+    more would wait for each other in operations as small as these.
     """
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}

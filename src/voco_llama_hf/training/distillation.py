@@ -76,7 +76,7 @@ def on_last_hidden_states(model: PreTrainedModel, act: Callable[[torch.Tensor], 
 
 
 def keep_head_for_backward(model: PreTrainedModel) -> None:
-    """Has ZeRO-3 gather the head for the whole backward pass: two losses have gradients to it, beside its own module."""
+    """Has ZeRO-3 gather the head for the whole backward pass, since two losses outside of it have gradients to it."""
     if is_deepspeed_zero3_enabled():
         import deepspeed
 
