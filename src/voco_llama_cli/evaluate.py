@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
-TABLE_WIDTH = 132
+TABLE_WIDTH, STUDY_WIDTH = 132, 200
 NUMBERS_OPTIONS = ("--num-voco-tokens", "-k")
 
 
@@ -239,11 +239,11 @@ def check_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def wide_console() -> Console:
+def wide_console(width: int = TABLE_WIDTH) -> Console:
     """A console that cuts no numbers off, in a pipe too."""
     from rich.console import Console
 
-    return Console(width=max(Console().width, TABLE_WIDTH))
+    return Console(width=max(Console().width, width))
 
 
 def evaluate_model(
@@ -304,7 +304,7 @@ def compare_compressors(
     from voco_llama_hf.scenes.retention.study import Study, run_study, trace
 
     datasets.disable_progress_bars()
-    console = wide_console()
+    console = wide_console(STUDY_WIDTH)
     study = Study(work_dir, sized(size.value, steps))
     counts = tuple(sorted(set(counts)))
     results = run_study(study, counts, range(seeds), split, limit, report=console.rule)
