@@ -241,7 +241,7 @@ def plot_curves(curves: dict[str, list[Curve]], path: Path) -> None:
             across = list(zip(*courses, strict=True))
             panel.plot(steps, list(map(mean, across)), label=name, color=f"C{i}", marker=".")
             panel.fill_between(steps, list(map(min, across)), list(map(max, across)), color=f"C{i}", alpha=0.15, lw=0)
-    panels[0].set(xlabel="steps", ylabel="validation loss", yscale="log")
+    panels[0].set(xlabel="steps", ylabel="validation loss")
     panels[1].set(xlabel="steps", ylabel="exact match, dense scenes, validation, %")
     for panel in panels:
         panel.grid(axis="y", color="0.9", zorder=0)
