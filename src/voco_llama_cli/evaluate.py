@@ -130,8 +130,8 @@ def evaluate(
     size: Annotated[
         StudySize,
         typer.Option(
-            help="Of what trains: how large everything is. mini: 16 vision tokens, trained until nothing gets "
-            "better, minutes each on one CPU core. scenes-64: 64 vision tokens and denser scenes, hours."
+            help="Of what trains: how large everything is. mini: 16 vision tokens and up to four objects, a minute or "
+            "two an arm on one CPU core. scenes-64: 64 vision tokens and denser scenes, hours."
         ),
     ] = StudySize.mini,
     steps: Annotated[

@@ -29,7 +29,7 @@ class Size:
     learning_rates: tuple[float, ...] = (1e-3,)
 
 
-# All arms are flat after minutes on one CPU core: 16 vision tokens, up to four objects
+# A minute or two an arm on one CPU core, short of convergence: 16 vision tokens, up to four objects
 MINI_SIZE = Size(
     Recipe(
         phases=(
