@@ -72,6 +72,15 @@ LARGE = Canvas(
     moving=(16, 48),
 )
 
+# What a vision tower of 64 pixels can read tile by tile: scaled down to one tile, a small digit is four pixels
+TILES = Canvas(
+    side=192,
+    grid=3,
+    sizes={"small": (11, 13), "large": (17, 19)},
+    difficulties={"sparse": (1, 4), "dense": (5, 9)},
+    moving=(13, 18),
+)
+
 
 def canvas_of(image_size: int) -> Canvas:
     """The canvas that a model of this image size is asked about; a size that no scenes have is resized to."""
