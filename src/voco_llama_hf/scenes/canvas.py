@@ -72,11 +72,11 @@ LARGE = Canvas(
     moving=(16, 48),
 )
 
-# What a vision tower of 64 pixels can read tile by tile: scaled down to one tile, a small digit is four pixels
+# What a vision tower of 64 pixels can read in four tiles: scaled down to one, small objects have five pixels
 TILES = Canvas(
-    side=192,
+    side=128,
     grid=3,
-    sizes={"small": (11, 13), "large": (17, 19)},
+    sizes={"small": (10, 11), "large": (13, 14)},
     difficulties={"sparse": (1, 4), "dense": (5, 9)},
     moving=(13, 18),
 )

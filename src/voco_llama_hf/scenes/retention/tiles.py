@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..still import make_scenes
 
 
 LEARNING_RATE = 1e-3
-QUESTIONS = 8  # about an image, in a step
+QUESTIONS = 5  # about an image, in a step
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def make_arms(ks_per_tile: Sequence[int], num_tiles: int) -> tuple[TileArm, ...]
 
 def large_recipe(canvas: Canvas = TILES, **options: int) -> Recipe:
     """The scenes and batches of a [`TileStudy`]."""
-    defaults = {"batch_size": 16, "num_workers": 0, "num_validation_scenes": 32, "save_steps": 25}
+    defaults = {"batch_size": 8, "num_workers": 0, "num_validation_scenes": 16, "save_steps": 10}
     return Recipe(phases=(), canvas=canvas, attention="sdpa", dense_share=0.5, **{**defaults, **options})
 
 
@@ -79,13 +79,16 @@ class TileStudy:
 
     Args:
         work_dir (`Path`): Folder of weights and answers; what an interrupted run has left is kept.
-        steps (`int`): Optimizer steps of every arm.
+        steps (`int`): Optimizer steps of every arm in a round.
+        rounds (`int`): How often every arm is trained for so many steps, on new scenes, from where it was left. After
+            each all have had the same.
         start (`str`, *optional*): Checkpoint whose weights all arms start from; its images are the tiles.
         recipe ([`Recipe`], *optional*): What is drawn, and how much of it at a time.
     """
 
     work_dir: Path
     steps: int
+    rounds: int = 1
     start: str = EMBEDDED_CHECKPOINT
     recipe: Recipe = field(default_factory=large_recipe)
 
@@ -97,11 +100,9 @@ class TileStudy:
 
     def answers(self, arm: TileArm, split: str, limit: int, progress: bool = True) -> ScenesResults:
         """How well an arm answers the questions of a split, measured or read from where it was written."""
-        final = final_dir(self.work_dir, f"{arm.folder}-{self.steps}-steps")
+        final = self.trained(arm, self.rounds)
         path = final / f"results-{split}-{limit}.json"
         if not path.exists():
-            if not final.exists():
-                train_phase(self.recipe, self._phase(arm), self.work_dir, False, self._start(arm.tiled), final)
             model = VoCoLlamaForConditionalGeneration.from_pretrained(final, dtype=torch.float32).eval()
             processor = VoCoLlamaProcessor.from_pretrained(final)
             scenes = make_scenes(split, limit, canvas=self.recipe.canvas)
@@ -109,9 +110,20 @@ class TileStudy:
             score_readers(readers, scenes, split, batch_size=64, progress=progress).save(path)
         return ScenesResults(**json.loads(path.read_text()))
 
-    def _phase(self, arm: TileArm) -> Phase:
+    def trained(self, arm: TileArm, rounds: int) -> Path:
+        """Folder of an arm after some rounds."""
+        if rounds == 0:
+            return self._start(arm.tiled)
+        phase = self._phase(arm, rounds)
+        final = final_dir(self.work_dir, phase.name)
+        if not final.exists():
+            recipe = replace(self.recipe, seed=rounds)
+            train_phase(recipe, phase, self.work_dir, False, self.trained(arm, rounds - 1), final)
+        return final
+
+    def _phase(self, arm: TileArm, number: int) -> Phase:
         return Phase(
-            arm.folder,
+            f"{arm.folder}-{self.steps}-steps-{number}",
             self.steps,
             LEARNING_RATE,
             "cosine",
@@ -197,8 +209,9 @@ def run_tile_study(
         `dict[str, ScenesResults]`: results by arm.
     """
     study.work_dir.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for arm in make_arms(ks_per_tile, study.num_tiles):
-        report(arm.name)
-        results[arm.name] = study.answers(arm, split, limit)
-    return results
+    arms = make_arms(ks_per_tile, study.num_tiles)
+    for number in range(1, study.rounds + 1):
+        for arm in arms:
+            report(f"{arm.name}, round {number} of {study.rounds}")
+            study.trained(arm, number)
+    return {arm.name: study.answers(arm, split, limit) for arm in arms}
