@@ -150,9 +150,7 @@ class TileStudy:
         return folder
 
 
-def divide_into_tiles(
-    start: str, canvas: Canvas
-) -> tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor]:
+def divide_into_tiles(start: str, canvas: Canvas) -> tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor]:
     """
     The weights of a checkpoint that reads small images, in a model of LLaVA-NeXT's kind whose tiles are as large, and
     its processor: an image of the size of the canvas is divided and not scaled. What ends a row of tiles is at first a
@@ -190,7 +188,7 @@ def make_readers(
 
 def run_tile_study(
     study: TileStudy,
-    ks_per_tile: Sequence[int],
+    arms: Sequence[TileArm],
     split: str,
     limit: int,
     report: Callable[[str], None] = print,
@@ -200,7 +198,7 @@ def run_tile_study(
 
     Args:
         study ([`TileStudy`]): Where and how.
-        ks_per_tile (`Sequence[int]`): VoCo tokens of every tile, ascending.
+        arms (`Sequence[TileArm]`): See [`make_arms`].
         split (`str`): Split to ask about.
         limit (`int`): Number of its scenes.
         report (`Callable`): Told what is done next.
@@ -209,7 +207,7 @@ def run_tile_study(
         `dict[str, ScenesResults]`: results by arm.
     """
     study.work_dir.mkdir(parents=True, exist_ok=True)
-    arms = make_arms(ks_per_tile, study.num_tiles)
+    # Round by round, so that an interrupted study has whole tables
     for number in range(1, study.rounds + 1):
         for arm in arms:
             report(f"{arm.name}, round {number} of {study.rounds}")
