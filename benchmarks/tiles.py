@@ -123,7 +123,7 @@ def draw(arms: tuple[TileArm, ...], results: dict[str, ScenesResults], study: Ti
     figure = Figure(figsize=(11, 5), layout="constrained")
     (panel,) = add_panels(figure, [f"{study.steps * study.rounds} steps"], SHOWN)
     colours = {arm.name: f"C{i}" for i, arm in enumerate(arms)}
-    for i, (name, reading, tokens, scores, shuffled) in enumerate(found):
+    for i, (name, _, tokens, scores, shuffled) in enumerate(found):
         first = found[i - 1][0] != name
         shares = [scores[group] for group in SHOWN]
         add_bars(panel, shares, i, len(found), colours[name], name if first else "_")

@@ -24,7 +24,7 @@ class SingleQuestionCollator:
     Args:
         processor ([`VoCoLlamaProcessor`]): Processor of the model.
         num_voco_tokens (`int`): VoCo tokens of every image.
-        per_tile (`bool`, *optional*, defaults to `False`): Whether they are those of every tile of every image instead.
+        per_tile (`bool`, *optional*, defaults to `False`): Whether they are those of every tile instead.
     """
 
     def __init__(self, processor: VoCoLlamaProcessor, num_voco_tokens: int, per_tile: bool = False):

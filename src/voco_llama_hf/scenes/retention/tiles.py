@@ -192,6 +192,7 @@ def run_tile_study(
     split: str,
     limit: int,
     report: Callable[[str], None] = print,
+    progress: bool = True,
 ) -> dict[str, ScenesResults]:
     """
     Trains and asks all arms.
@@ -202,6 +203,7 @@ def run_tile_study(
         split (`str`): Split to ask about.
         limit (`int`): Number of its scenes.
         report (`Callable`): Told what is done next.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:
         `dict[str, ScenesResults]`: results by arm.
@@ -212,4 +214,4 @@ def run_tile_study(
         for arm in arms:
             report(f"{arm.name}, round {number} of {study.rounds}")
             study.trained(arm, number)
-    return {arm.name: study.answers(arm, split, limit) for arm in arms}
+    return {arm.name: study.answers(arm, split, limit, progress) for arm in arms}
