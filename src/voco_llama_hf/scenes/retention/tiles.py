@@ -68,7 +68,7 @@ def make_arms(ks_per_tile: Sequence[int], num_tiles: int) -> tuple[TileArm, ...]
 
 def large_recipe(canvas: Canvas = TILES, **options: int) -> Recipe:
     """The scenes and batches of a [`TileStudy`]."""
-    defaults = {"batch_size": 8, "num_workers": 0, "num_validation_scenes": 16, "save_steps": 10}
+    defaults = {"batch_size": 8, "num_workers": 0, "num_validation_scenes": 16, "save_steps": 25}
     return Recipe(phases=(), canvas=canvas, attention="sdpa", dense_share=0.5, **{**defaults, **options})
 
 
