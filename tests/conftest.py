@@ -22,3 +22,18 @@ def transformers_verbosity():
     hub_logging.set_verbosity(before[1])
     if before[2]:
         logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Where moto's server listens, `None` if it is not installed. One for all tests: fsspec keeps its connections."""
+    try:
+        from moto.server import ThreadedMotoServer
+    except ImportError:
+        yield None
+        return
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()

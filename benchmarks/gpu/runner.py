@@ -103,13 +103,16 @@ class Runner:
 
 
 def environment(head: dict[str, Any]) -> dict[str, str]:
-    """Of a stage's process; a dry run sees no GPU, and compiles nothing, which takes minutes."""
+    """
+    Of a stage's process. A dry run sees no GPU, compiles nothing, which takes minutes, and has one thread a stage:
+    more would wait for each other in operations as small as these.
+    """
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
     if head["model"] is None or Path(head["model"]).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"  # nothing is needed from there
     if head["dry_run"]:
-        variables |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     return variables
 
 

@@ -65,6 +65,7 @@ def options(setting: Setting, output: Path) -> list[str]:
         "config": "tiny",
         "num_scenes": 64,
         "num_voco_tokens": 2,
+        "distillation_weight": 0.5,
         "max_steps": steps,
         "per_device_train_batch_size": setting.pick(8, 2),
         "logging_steps": 1,

@@ -274,6 +274,7 @@ def quantize_dynamically(model):
 
 
 def quantize_with_quanto(model):
+    pytest.importorskip("optimum.quanto")
     from optimum.quanto import freeze, qint8, quantize
 
     quantize(model.model.language_model, weights=qint8)

@@ -60,16 +60,13 @@ def url(request, local, tmp_path):
         files.rm("/photos.voco", recursive=True)
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """moto's server, and what s3fs needs to talk to it."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+@pytest.fixture
+def s3(s3_server):
+    """What s3fs needs to talk to the server."""
     pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {"key": "a", "secret": "b", "endpoint_url": f"http://{host}:{port}"}
-    server.stop()
+    if s3_server is None:
+        pytest.skip("needs moto[server]")
+    return {"key": "a", "secret": "b", "endpoint_url": s3_server}
 
 
 @pytest.fixture

@@ -110,6 +110,20 @@ def test_files_and_pixels_are_known_by_what_is_in_them(tmp_path):
     assert (found.source, found.size) == (str(tmp_path / "a.png"), os.path.getsize(tmp_path / "a.png"))
 
 
+def test_images_of_the_same_numbers_and_other_colours_are_others():
+    numbers = np.random.default_rng(0).integers(0, 4, (4, 6), dtype=np.uint8)
+    images = [Image.fromarray(numbers)]
+    for palette in (range(12), range(100, 112)):
+        images.append(Image.fromarray(numbers))
+        images[-1].putpalette(list(palette))
+    images.append(images[-1].copy())
+    images[-1].info["transparency"] = 2
+    for mode in ("RGB", "YCbCr", "HSV", "LAB", "RGBA", "CMYK", "RGBX"):
+        images.append(Image.frombytes(mode, (2, 6), (numbers.tobytes() * 2)[: 12 * len(mode.replace("YCbCr", "RGB"))]))
+    assert len({hash_pixels(image) for image in images}) == len(images)
+    assert hash_pixels(images[1]) == hash_pixels(images[1].convert("RGB"))
+
+
 def test_find(filled):
     filled.record([Content(content(2).content_hash, source="/old/2.png")])
     (by_path,), (by_name,), (by_hash,) = map(filled.find, ("/photos/3.png", "3.png", content(3).content_hash))

@@ -24,7 +24,7 @@ def run(script, output_dir, batch_size, *extra, launcher=(), exit_code=0, **opti
 
 
 def launch(args, output_dir, exit_code=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {"ACCELERATE_USE_CPU": "true", **os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment)
     assert done.returncode == exit_code, done.stderr[-3000:]
     return json.loads((output_dir / "losses.json").read_text()) if exit_code == 0 else None
@@ -43,6 +43,15 @@ def single(tmp_path_factory):
 
 def test_two_processes_have_the_losses_of_one(tmp_path, single):
     check_same(run("sft_run.py", tmp_path, 2, launcher=TWO_PROCESSES), single)
+
+
+@pytest.mark.slow
+def test_zero3_has_the_losses_of_one_process(tmp_path, single, monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # which goes before DeepSpeed
+    zero3 = ("--use_deepspeed", "--zero_stage=3", "--num_processes=2", "--mixed_precision=no")
+    check_same(run("sft_run.py", tmp_path, 2, launcher=("-m", "accelerate.commands.launch", *zero3)), single)
 
 
 # Images of the rows that the two processes get in turn

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_regular
+from ..modeling.images_voco_llama import to_rgb
 
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
+
+
+# Modes of Pillow whose numbers are other colours than those of an array of the same shape
+OTHER_COLOURS = ("P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa", "La")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,10 @@ def hash_file(path: str | os.PathLike) -> str:
 
 
 def hash_pixels(pixels: "Image.Image | np.ndarray | torch.Tensor") -> str:
-    """SHA-256 of the pixels of a Pillow image, an array or a tensor, together with shape and dtype."""
+    """
+    SHA-256 of the pixels of a Pillow image, an array or a tensor, together with shape and dtype. An image of palette
+    entries, of another colour space or with one transparent colour is known by what the model sees of it.
+    """
     array = _as_array(pixels)
     sha256 = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     sha256.update(array.data)
@@ -82,7 +90,10 @@ def hash_pixels(pixels: "Image.Image | np.ndarray | torch.Tensor") -> str:
 
 def _as_array(pixels: "Image.Image | np.ndarray | torch.Tensor") -> "np.ndarray":
     import numpy as np
+    from PIL import Image
 
+    if isinstance(pixels, Image.Image) and (pixels.mode in OTHER_COLOURS or "transparency" in pixels.info):
+        pixels = to_rgb(pixels)
     return np.ascontiguousarray(pixels)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..llava import CLASSES, TILE_SETTINGS
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
@@ -45,16 +47,18 @@ def kl_divergence(student: Reading, teacher: Reading, labels: torch.Tensor, temp
     Returns:
         `torch.Tensor`: a scalar in nats, with a gradient to the student.
     """
-    total, _, _ = _chunked_divergence_loss(
-        student.hidden_states[:, :-1],
-        teacher.hidden_states[:, :-1],
-        student.head.weight,
-        teacher.head.weight.detach(),
-        labels[:, 1:] != -100,
-        beta=0.0,  # forward KL
-        num_items_in_batch=1,
-        temperature=temperature,
-    )
+    # Where the function is applied, autograd notes the shape of the weights: ZeRO-3 must have gathered them by then
+    with maybe_gather_lm_head_ctx(student.head.weight, teacher.head.weight):
+        total, _, _ = _chunked_divergence_loss(
+            student.hidden_states[:, :-1],
+            teacher.hidden_states[:, :-1],
+            student.head.weight,
+            teacher.head.weight,  # has no gradient from here; detached, it would not be known as one to gather
+            labels[:, 1:] != -100,
+            beta=0.0,  # forward KL
+            num_items_in_batch=1,
+            temperature=temperature,
+        )
     return total
 
 
@@ -69,6 +73,14 @@ def on_last_hidden_states(model: PreTrainedModel, act: Callable[[torch.Tensor], 
         yield
     finally:
         handle.remove()
+
+
+def keep_head_for_backward(model: PreTrainedModel) -> None:
+    """Has ZeRO-3 gather the head for the whole backward pass, since two losses outside of it have gradients to it."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.zero.register_external_parameter(model, model.get_output_embeddings().weight)
 
 
 def bare(model: torch.nn.Module) -> PreTrainedModel:

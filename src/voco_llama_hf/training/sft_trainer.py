@@ -21,7 +21,15 @@ from ..loading import find_base, load_adapters, load_processor, load_whole
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .checkpoints import check_checkpoint, last_checkpoint
 from .collator import VoCoDataCollator
-from .distillation import Reading, bare, kl_divergence, load_teacher, on_last_hidden_states, read_uncompressed
+from .distillation import (
+    Reading,
+    bare,
+    keep_head_for_backward,
+    kl_divergence,
+    load_teacher,
+    on_last_hidden_states,
+    read_uncompressed,
+)
 from .elastic import draw_num_voco_tokens, keep_voco_tokens
 from .model_card import without_automatic_card, write_training_card
 from .sampling import EpochCallback, ModalityLengthSampler
@@ -211,6 +219,7 @@ class VoCoSFTTrainer(SFTTrainer):
             reading = Reading(hidden_states, student.get_output_embeddings())
             sums.append(kl_divergence(reading, teacher, inputs["labels"], self.args.distillation_temperature))
 
+        keep_head_for_backward(student)
         with on_last_hidden_states(student, compare):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own_loss = result[0] if return_outputs else result
@@ -327,8 +336,10 @@ def print_trainable_parameters(model: torch.nn.Module, console: Console | None =
         path = name.removeprefix("model.").split(".")
         part = ".".join(path[:2]) if path[0] == "language_model" else path[0]
         count = parts.setdefault(part, [0, 0])
-        count[0] += parameter.numel()
-        count[1] += parameter.numel() if parameter.requires_grad else 0
+        # What ZeRO-3 has sharded is empty here
+        number = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+        count[0] += number
+        count[1] += number if parameter.requires_grad else 0
     table = Table(title="Trained parameters")
     table.add_column("module")
     for heading in ("parameters", "trained", "share"):

@@ -34,21 +34,6 @@ from voco_llama_hf.store.parquet import import_parquet  # noqa: E402
 OPTIONS = {"num_voco_tokens": 2, "num_frames": 3, "batch_size": 2}
 
 
-@pytest.fixture(scope="module")
-def s3_server():
-    """moto's server, if it is there; workers know where it is from their environment."""
-    try:
-        from moto.server import ThreadedMotoServer
-    except ImportError:
-        yield None
-        return
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def cluster(s3_server):
     names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -124,6 +124,7 @@ def test_encoder_cache_on_disk(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_speculation(checkpoint):
-    # The last engine of this process: vLLM does not start again once numba is loaded, which n-grams are found by
+def test_speculation(checkpoint, monkeypatch):
+    # In a process of its own: vLLM does not start again in one that has loaded numba, which n-grams are found by
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     check_answers(checkpoint, {"speculative_config": NGRAMS})
