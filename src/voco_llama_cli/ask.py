@@ -248,8 +248,13 @@ def compress_now(
         num_frames = processor.num_frames
     count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
     check_num_voco_tokens([count])
-    numbers = {"num_voco_tokens" if num_voco_tokens_per_tile is None else "num_voco_tokens_per_tile": count}
-    caches, kinds, tiles, frames = [], [], [], []
+    numbers: dict[str, Any] = {
+        "num_voco_tokens" if num_voco_tokens_per_tile is None else "num_voco_tokens_per_tile": count
+    }
+    caches: list[VoCoCache] = []
+    kinds: list[str] = []
+    tiles: list[int] = []
+    frames: list[int] = []
     for picture in pictures:
         is_film = isinstance(picture, str)
         if is_film:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,8 +59,10 @@ def compress(
 
     per_tile = num_voco_tokens_per_tile is not None
     count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
-    numbers = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": count}
-    caches, num_tiles, vision_tokens = [], [], 0
+    numbers: dict[str, Any] = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": count}
+    caches: list[VoCoCache] = []
+    num_tiles: list[int] = []
+    vision_tokens = 0
     console = Console(stderr=True)
     starts = range(0, len(images), batch_size)
     quiet = len(images) <= HANDFUL or not console.is_terminal
