@@ -18,9 +18,12 @@ from .options import (
     ModelOption,
     NumFramesOption,
     NumVoCoTokensOption,
+    NumVoCoTokensPerTileOption,
+    check_numbers,
     check_sampling_options,
     check_video_extra,
     human_bytes,
+    parse_numbers,
 )
 
 
@@ -41,8 +44,16 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, last and in quotes.")],
     model: ModelOption = None,
     num_voco_tokens: NumVoCoTokensOption = None,
+    num_voco_tokens_per_tile: NumVoCoTokensPerTileOption = None,
     cache: Annotated[
         Path | None, typer.Option(help="Ask about the images in this file of `voco-llama compress` instead.")
+    ] = None,
+    num_tiles: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Of a --cache with VoCo tokens of every tile: tiles of each image, as compress prints them.",
+        ),
     ] = None,
     store: Annotated[
         str | None,
@@ -70,6 +81,11 @@ def ask(
     voco-llama ask --store photos.voco --image cat.png "What is on the chair?"
     """
     check_inputs(images, question, cache, store, names or [])
+    check_numbers(num_voco_tokens, num_voco_tokens_per_tile)
+    if num_tiles is not None and cache is None:
+        raise UsageProblem("--num-tiles goes with --cache")
+    if num_voco_tokens_per_tile is not None and store is not None:
+        raise UsageProblem("--num-voco-tokens-per-tile does not go with --store, which keeps images as a whole")
     check_sampling_options(num_frames, fps)
     check_video_extra(images)
     from voco_llama_hf.images import open_image
@@ -91,7 +107,7 @@ def ask(
     pictures = [path if is_video(path) else open_image(path) for path in images]
     stored = None
     if cache is not None:
-        stored = from_file(cache)
+        stored = from_file(cache, None if num_tiles is None else parse_numbers(num_tiles, "--num-tiles"))
     if store is not None:
         stored = from_store(store, names or [], num_voco_tokens)
     network, processor = load_model(name, device, dtype)
@@ -108,7 +124,7 @@ def ask(
     start = clock()
     asked = stored
     if asked is None:
-        asked = compress_now(network, processor, pictures, num_voco_tokens, num_frames, fps)
+        asked = compress_now(network, processor, pictures, num_voco_tokens, num_voco_tokens_per_tile, num_frames, fps)
     voco_cache = asked.cache.to(network.device)
     compressed = clock()
     prompt = build_prompt(processor, asked.kinds, question)
@@ -116,6 +132,8 @@ def ask(
         text=prompt,
         voco_cache=voco_cache,
         num_voco_tokens=num_voco_tokens,
+        num_voco_tokens_per_tile=num_voco_tokens_per_tile,
+        num_tiles=asked.tiles,
         num_frames=asked.frames,
         add_special_tokens=not starts_with_bos(prompt, processor),
         return_tensors="pt",
@@ -132,6 +150,7 @@ def ask(
         compress_time = f"{compressed - start:.0f} ms" if stored is None else f"done before, in {cache or store}"
         print_stats(
             voco_cache,
+            asked.num_images,
             count_vision_tokens(network.config),
             {"compress": compress_time, "answer": f"{answered - compressed:.0f} ms for {len(answer)} tokens"},
         )
@@ -158,19 +177,36 @@ def check_inputs(images: list[str], question: str, cache: Path | None, store: st
 
 @dataclass(frozen=True)
 class Asked:
-    """What a question is about: each an `"image"` or a `"video"`, and the frames of each video."""
+    """
+    What a question is about: each an `"image"` or a `"video"`, the tiles of each image that have VoCo tokens of their
+    own (or 1), and the frames of each video.
+    """
 
     cache: VoCoCache
     kinds: list[str]
+    tiles: list[int]
     frames: list[int]
 
+    @property
+    def num_images(self) -> int:
+        """Images and frames."""
+        return len(self.tiles) + sum(self.frames)
 
-def from_file(path: Path) -> Asked:
-    """What `voco-llama compress` wrote."""
+
+def from_file(path: Path, num_tiles: list[int] | None) -> Asked:
+    """
+    What `voco-llama compress` wrote.
+
+    Raises:
+        UsageProblem: if it does not hold so many tiles.
+    """
     from voco_llama_hf.modeling import VoCoCache
 
     cache = VoCoCache.load(path)
-    return Asked(cache, ["image"] * len(cache), [])
+    tiles = [1] * len(cache) if num_tiles is None else num_tiles
+    if sum(tiles) != len(cache) or min(tiles, default=0) < 1:
+        raise UsageProblem(f"{path} has {len(cache)} images or tiles, which are not the {num_tiles} of --num-tiles")
+    return Asked(cache, ["image"] * len(tiles), tiles, [])
 
 
 def from_store(path: str, names: list[str], num_voco_tokens: int | None) -> Asked:
@@ -189,7 +225,8 @@ def from_store(path: str, names: list[str], num_voco_tokens: int | None) -> Aske
         entries = [find_one(store, name, num_voco_tokens) for name in names]
         caches = [store.get(entry.content_hash, entry.num_voco_tokens, entry.sampling) for entry in entries]
     kinds = ["video" if entry.is_video else "image" for entry in entries]
-    return Asked(VoCoCache.cat(caches), kinds, [entry.num_images for entry in entries if entry.is_video])
+    tiles = [1] * kinds.count("image")
+    return Asked(VoCoCache.cat(caches), kinds, tiles, [entry.num_images for entry in entries if entry.is_video])
 
 
 def compress_now(
@@ -197,6 +234,7 @@ def compress_now(
     processor: VoCoLlamaProcessor,
     pictures: list[Any],
     num_voco_tokens: int | None,
+    num_voco_tokens_per_tile: int | None,
     num_frames: int | None,
     fps: float | None,
 ) -> Asked:
@@ -208,20 +246,26 @@ def compress_now(
 
     if num_frames is None and fps is None:
         num_frames = processor.num_frames
-    count = num_voco_tokens or processor.num_voco_tokens
+    count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
     check_num_voco_tokens([count])
-    caches, kinds, frames = [], [], []
+    numbers: dict[str, Any] = {
+        "num_voco_tokens" if num_voco_tokens_per_tile is None else "num_voco_tokens_per_tile": count
+    }
+    caches: list[VoCoCache] = []
+    kinds: list[str] = []
+    tiles: list[int] = []
+    frames: list[int] = []
     for picture in pictures:
         is_film = isinstance(picture, str)
         if is_film:
             frames_of_it = processor.iter_pixel_values(read_frames(picture, num_frames, fps))
             cache = network.compress(frames_of_it, count)
         else:
-            cache = network.compress(**prepare(processor.image_processor, picture), num_voco_tokens=count)
+            cache = network.compress(**prepare(processor.image_processor, picture), **numbers)
         caches.append(cache)
         kinds.append("video" if is_film else "image")
-        frames += [len(cache)] if is_film else []
-    return Asked(VoCoCache.cat(caches), kinds, frames)
+        (frames if is_film else tiles).append(len(cache))
+    return Asked(VoCoCache.cat(caches), kinds, tiles, frames)
 
 
 def clock() -> float:
@@ -233,16 +277,16 @@ def clock() -> float:
     return 1000 * time.perf_counter()
 
 
-def print_stats(voco_cache: VoCoCache, vision_tokens: int, times: dict[str, str]) -> None:
+def print_stats(voco_cache: VoCoCache, num_images: int, vision_tokens: int, times: dict[str, str]) -> None:
     """What was compressed, before and after, and how long it took."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    voco_tokens, vision_tokens = sum(voco_cache.token_counts), vision_tokens * len(voco_cache)
+    voco_tokens, vision_tokens = sum(voco_cache.token_counts), vision_tokens * num_images
     full_bytes = voco_cache.nbytes // voco_tokens * vision_tokens
     table = Table(box=box.SIMPLE, show_header=False)
-    table.add_row("images", str(len(voco_cache)))
+    table.add_row("images", str(num_images))
     table.add_row("tokens", f"{vision_tokens} vision -> {voco_tokens} VoCo")
     table.add_row("key-value cache", f"{human_bytes(full_bytes)} -> {human_bytes(voco_cache.nbytes)}")
     for name, duration in times.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from .options import (
     ForceOption,
     ModelOption,
     NumVoCoTokensOption,
+    NumVoCoTokensPerTileOption,
+    check_numbers,
     check_output,
     human_bytes,
     plural,
@@ -27,6 +29,7 @@ def compress(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
     model: ModelOption = None,
     num_voco_tokens: NumVoCoTokensOption = None,
+    num_voco_tokens_per_tile: NumVoCoTokensPerTileOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are compressed at a time.")] = 16,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -36,6 +39,7 @@ def compress(
 
     voco-llama compress cat.png dog.png --output pets.safetensors
     """
+    check_numbers(num_voco_tokens, num_voco_tokens_per_tile)
     check_output(output, force, inputs=images)
     from voco_llama_hf.images import check_image, open_image
 
@@ -51,24 +55,31 @@ def compress(
 
     from voco_llama_hf.modeling import VoCoCache
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
-    from voco_llama_hf.vision_tokens import count_vision_tokens
+    from voco_llama_hf.vision_tokens import count_image_tiles, count_vision_tokens
 
-    count = num_voco_tokens or processor.num_voco_tokens
-    caches, vision_tokens = [], 0
+    per_tile = num_voco_tokens_per_tile is not None
+    count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
+    numbers: dict[str, Any] = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": count}
+    caches: list[VoCoCache] = []
+    num_tiles: list[int] = []
+    vision_tokens = 0
     console = Console(stderr=True)
     starts = range(0, len(images), batch_size)
     quiet = len(images) <= HANDFUL or not console.is_terminal
     for start in track(starts, "Compressing", console=console, transient=True, disable=quiet):
         pictures = [open_image(image) for image in images[start : start + batch_size]]
-        inputs = processor(images=pictures, num_voco_tokens=count, return_tensors="pt")
+        inputs = processor(images=pictures, **numbers, return_tensors="pt")
         caches.append(network.compress(**inputs, batch_size=batch_size))
-        vision_tokens += sum(count_vision_tokens(network.config, picture.size[::-1]) for picture in pictures)
+        sizes = [picture.size[::-1] for picture in pictures]
+        vision_tokens += sum(count_vision_tokens(network.config, size) for size in sizes)
+        num_tiles += [count_image_tiles(network.config, size) for size in sizes]
     cache = VoCoCache.cat(caches)
     cache.fingerprint = with_images(cache.fingerprint, processor.image_processor)
     cache.save(output)
 
     full_bytes = cache.nbytes // (count * len(cache)) * vision_tokens
-    typer.echo(f"{output}: {plural(len(cache), 'image')}, {plural(count, 'VoCo token')} each")
+    tiles = f" in {','.join(map(str, num_tiles))} tiles" if per_tile else ""
+    typer.echo(f"{output}: {plural(len(images), 'image')}{tiles}, {plural(count, 'VoCo token')} each")
     typer.echo(
         f"key-value cache: {human_bytes(full_bytes)} -> {human_bytes(cache.nbytes)}, "
         f"{full_bytes / cache.nbytes:.0f}x smaller"

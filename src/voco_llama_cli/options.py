@@ -36,6 +36,14 @@ NumVoCoTokensOption = Annotated[
     int | None,
     typer.Option("--num-voco-tokens", "-k", min=1, help="VoCo tokens an image. By default the model's own number."),
 ]
+NumVoCoTokensPerTileOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="VoCo tokens of every tile of an image, each compressed on its own, instead of --num-voco-tokens: of a "
+        "model that divides images into tiles.",
+    ),
+]
 NumFramesOption = Annotated[
     int | None, typer.Option(min=1, help="Frames of a video, evenly spaced. By default the model's own number.")
 ]
@@ -60,6 +68,15 @@ def join_numbers(args: Sequence[str], options: Sequence[str]) -> list[str]:
         else:
             joined.append(arg)
     return joined
+
+
+def check_numbers(num_voco_tokens: int | None, num_voco_tokens_per_tile: int | None) -> None:
+    """
+    Raises:
+        UsageProblem: if both are given.
+    """
+    if num_voco_tokens is not None and num_voco_tokens_per_tile is not None:
+        raise UsageProblem("give --num-voco-tokens or --num-voco-tokens-per-tile, not both")
 
 
 def check_extra(command: str, extra: str, modules: Sequence[str]) -> None:

@@ -36,9 +36,14 @@ def largest_size(config: VoCoLlamaConfig) -> tuple[int, int]:
 
 def count_largest_tiles(config: VoCoLlamaConfig) -> int:
     """Tiles of that image; one where images are not divided."""
+    return count_image_tiles(config, largest_size(config))
+
+
+def count_image_tiles(config: VoCoLlamaConfig, image_size: tuple[int, int]) -> int:
+    """Tiles of an image of this height and width, with the one that shows all of it."""
     vision: Any = config.vision_config
     grid: Any = config.image_grid_pinpoints
-    return 1 if grid is None else count_tiles(largest_size(config), grid, vision.image_size)
+    return 1 if grid is None else count_tiles(image_size, grid, vision.image_size)
 
 
 def count_tile_tokens(config: VoCoLlamaConfig) -> int:
@@ -61,4 +66,4 @@ def _count_packed_tokens(config: VoCoLlamaConfig, size: tuple[int, int]) -> int:
     return len(packed[0])
 
 
-__all__ = ["count_largest_tiles", "count_tile_tokens", "count_vision_tokens", "largest_size"]
+__all__ = ["count_image_tiles", "count_largest_tiles", "count_tile_tokens", "count_vision_tokens", "largest_size"]

@@ -1,5 +1,6 @@
 """Models that divide images into tiles, in all that stands on images: commands, store, server, demo, evaluation."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from modeling.helpers import TILED, build_processor, random_images, tiny_model
 from modeling.test_large_processing import picture
 from serving.conftest import MODEL, ask, client_of, data_url, in_process
 
-from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.demo import DemoEngine
 from voco_llama_hf.images import open_image
 from voco_llama_hf.scenes.evaluation import evaluate_scenes
@@ -66,6 +67,45 @@ def test_ask_and_compress(invoke, folder, model, processor, tmp_path):
     asked = invoke("ask", "--model", folder, "--max-new-tokens", 6, "--cache", single, QUESTION)
     assert asked.stdout.strip() == answer(model, processor, photos[0], 2)
     assert "agrees" in invoke("check", "--model", folder).stdout
+
+
+def test_voco_tokens_of_every_tile(invoke, folder, model, processor, tmp_path):
+    """Asked at once or from a file, as the processor and `generate` do."""
+    photos, cache = sorted((folder / "photos").iterdir())[:2], tmp_path / "photos.safetensors"
+    inputs = processor(
+        images=[open_image(photo) for photo in photos],
+        text=f"user: <image><image>{QUESTION}assistant: ",
+        num_voco_tokens_per_tile=2,
+        return_tensors="pt",
+    )
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    ask, per_tile = ["ask", "--model", folder, "--max-new-tokens", 6], ["--num-voco-tokens-per-tile", 2]
+    asked = invoke(*ask, *per_tile, "--stats", *photos, QUESTION)
+    assert asked.stdout.strip() == expected and re.search(r"images +2 *\n", asked.stderr)
+
+    printed = invoke("compress", "--model", folder, *per_tile, "--output", cache, *photos).stdout
+    tiles = re.search(r"2 images in ([\d,]+) tiles, 2 VoCo tokens each", printed).group(1)
+    assert len(VoCoCache.load(cache)) == sum(map(int, tiles.split(","))) == len(inputs["pixel_values"])
+    assert invoke(*ask, "--cache", cache, "--num-tiles", tiles, QUESTION).stdout.strip() == expected
+
+    for args, message in (
+        ([*per_tile, "-k", 2, *photos], "--num-voco-tokens or --num-voco-tokens-per-tile, not both"),
+        ([*per_tile, "--store", tmp_path, "--image", "a"], "does not go with --store"),
+        (["--num-tiles", "2", *photos], "--num-tiles goes with --cache"),
+        (["--cache", cache, "--num-tiles", "1,1"], "which are not the .* of --num-tiles"),
+        (["--cache", cache, "--num-tiles", ""], "which are not the .* of --num-tiles"),
+    ):
+        assert re.search(message, " ".join(invoke(*ask, *args, QUESTION, exit_code=2).stderr.split()))
+
+
+def test_images_that_are_not_divided_have_no_tiles(invoke, folder, tmp_path):
+    photo = folder / "photos" / "0.png"
+    for command in (["ask", photo, QUESTION], ["compress", photo, "--output", tmp_path / "cache"]):
+        failed = invoke(*command, "--num-voco-tokens-per-tile", 2, exit_code=1)
+        assert "divide" in failed.stderr and "Traceback" not in failed.stderr
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_large_image_is_one_entry_of_a_store(folder, model, processor, tmp_path):

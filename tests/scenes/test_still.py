@@ -4,14 +4,14 @@ from datasets import disable_progress_bars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_llama_hf.scenes.canvas import LARGE, MINI, SMALL
+from voco_llama_hf.scenes.canvas import LARGE, MINI, SMALL, TILES
 from voco_llama_hf.scenes.objects import COLOURS, SHAPES, glyphs
 from voco_llama_hf.scenes.still import FAMILIES, QUESTIONS, SPLITS, make_scene, make_scenes
 
 
 disable_progress_bars()
 scene_indices = st.integers(0, 10**6)
-canvases = st.sampled_from([MINI, SMALL, LARGE])
+canvases = st.sampled_from([MINI, SMALL, LARGE, TILES])
 
 
 def content(dataset):

@@ -87,6 +87,15 @@ LARGE = Canvas(
     moving=(16, 48),
 )
 
+# What a vision tower of 64 pixels can read in four tiles: scaled down to one, small objects have five pixels
+TILES = Canvas(
+    side=128,
+    grid=3,
+    sizes={"small": (10, 11), "large": (13, 14)},
+    difficulties={"sparse": (1, 4), "dense": (5, 9)},
+    moving=(13, 18),
+)
+
 
 def canvas_of(image_size: int) -> Canvas:
     """The canvas that a model of this image size is asked about; a size that no scenes have is resized to."""

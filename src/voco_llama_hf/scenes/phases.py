@@ -126,10 +126,11 @@ def make_trainer(
         distillation_weight=distillation_weight,
         teacher=teacher,
     )
+    collator = SingleQuestionCollator(processor, max(1, *phase.num_voco_tokens), phase.per_tile)
     return MuonSFTTrainer(
         model,
         args,
-        data_collator=SingleQuestionCollator(processor, max(1, *phase.num_voco_tokens)) if phase.single else None,
+        data_collator=collator if phase.single else None,
         train_dataset=phase_rows(recipe, phase, "train") if train_dataset is None else train_dataset,
         eval_dataset=phase_rows(recipe, phase, "validation"),
         processing_class=processor,

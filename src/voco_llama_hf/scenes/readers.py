@@ -38,16 +38,24 @@ def voco_reader(
     processor: VoCoLlamaProcessor,
     pixels: Pixels,
     k: int,
+    per_tile: bool = False,
     max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> Reader:
-    """Reads images from `k` VoCo tokens each; every image is compressed once, at the first question."""
+    """
+    Reads images from `k` VoCo tokens each, or from `k` of every tile, which are images of one size then; every image
+    is compressed once, at the first question.
+    """
+    numbers: dict[str, int] = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": k}
     cache: VoCoCache | None = None
 
     def read(questions: list[str], images: list[int]) -> list[str]:
         nonlocal cache
         if cache is None:
-            cache = model.compress(**join([pixels], model.dtype), num_voco_tokens=k, show_progress=False)
-        return _read_cache(model, processor, cache[images], make_prompts(processor, questions), max_new_tokens)
+            cache = model.compress(**join([pixels], model.dtype), **numbers, show_progress=False)
+        tiles = len(cache) // len(pixels["pixel_values"])
+        entries = [image * tiles + tile for image in images for tile in range(tiles)]
+        prompts = make_prompts(processor, questions)
+        return _read_cache(model, processor, cache[entries], prompts, max_new_tokens, num_tiles=[tiles] * len(images))
 
     return read
 

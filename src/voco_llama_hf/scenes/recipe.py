@@ -25,6 +25,7 @@ class Phase:
         single (`bool`): Whether every question sees the image and itself only.
         videos (`bool`): Whether every other row is a video; needs `single`.
         two_stages (`bool`): Whether the images of a batch are compressed together, see [`VoCoSFTConfig`].
+        per_tile (`bool`): Whether the numbers of VoCo tokens are those of every tile of an image; needs `single`.
         freeze (`tuple[str, ...]`): Modules that are not trained.
         share (`float`): Share of the weights at its end in what it leaves; the rest are those it started from, which
             keeps more of what they knew (Wortsman et al., 2022, WiSE-FT).
@@ -42,6 +43,7 @@ class Phase:
     single: bool = False
     videos: bool = False
     two_stages: bool = False
+    per_tile: bool = False
     freeze: tuple[str, ...] = ()
     share: float = 1.0
     evaluations: int | None = None

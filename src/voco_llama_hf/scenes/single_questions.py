@@ -27,11 +27,12 @@ class SingleQuestionCollator:
     Args:
         processor ([`VoCoLlamaProcessor`]): Processor of the model.
         num_voco_tokens (`int`): VoCo tokens of every image.
+        per_tile (`bool`, *optional*, defaults to `False`): Whether they are those of every tile instead.
     """
 
-    def __init__(self, processor: VoCoLlamaProcessor, num_voco_tokens: int):
+    def __init__(self, processor: VoCoLlamaProcessor, num_voco_tokens: int, per_tile: bool = False):
         self.processor = processor
-        self.num_voco_tokens = num_voco_tokens
+        self.numbers = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": num_voco_tokens}
         # The same is asked about many images
         self.turn = lru_cache(KNOWN_TURNS)(partial(tokenize_turn, processor))
 
@@ -43,14 +44,14 @@ class SingleQuestionCollator:
                 assistant in turn, their contents plain text.
 
         Returns:
-            What [`VoCoLlamaForConditionalGeneration`] takes: `pixel_values`, `num_voco_tokens`, and `input_ids`,
-            `attention_mask`, `labels` and `text_groups`, one row an example, padded on the right.
+            What [`VoCoLlamaForConditionalGeneration`] takes: `pixel_values`, `num_voco_tokens`, perhaps `image_sizes`,
+            and `input_ids`, `attention_mask`, `labels` and `text_groups`, one row an example, padded on the right.
         """
         frames = [example["images"] if "images" in example else [example["image"]] for example in examples]
-        images = self.processor.image_processor(images=[image for row in frames for image in row], return_tensors="pt")
+        shown = [self.processor(images=row, return_tensors="pt", **self.numbers) for row in frames]
         rows = [
-            self._row(len(images), [self.turn(*pair) for pair in pairs(example["messages"])])
-            for images, example in zip(frames, examples)
+            self._row(int(images["num_voco_tokens"].sum()), [self.turn(*pair) for pair in pairs(example["messages"])])
+            for images, example in zip(shown, examples)
         ]
         paddings = (self.processor.tokenizer.pad_token_id, IGNORED, 0, 0)
         ids, labels, groups, mask = (
@@ -58,17 +59,16 @@ class SingleQuestionCollator:
             for column, padding in zip(zip(*rows), paddings)
         )
         return {
-            "pixel_values": images.pixel_values,
-            "num_voco_tokens": torch.full((len(images.pixel_values),), self.num_voco_tokens),
+            **{name: torch.cat([images[name] for images in shown]) for name in shown[0]},
             "input_ids": ids,
             "attention_mask": mask,
             "labels": labels,
             "text_groups": groups,
         }
 
-    def _row(self, num_images: int, turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
+    def _row(self, num_voco_tokens: int, turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
         """Ids, labels, groups and attention mask of one row."""
-        ids = [self.processor.image_token_id] * (self.num_voco_tokens * num_images)
+        ids = [self.processor.image_token_id] * num_voco_tokens
         labels, groups = [IGNORED] * len(ids), [0] * len(ids)
         for group, (question, answer) in enumerate(turns, start=1):
             ids += question + answer

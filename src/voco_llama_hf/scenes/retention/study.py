@@ -260,7 +260,7 @@ def make_readers(
     readers: dict[str, Reader] = {}
     if arm.attention_mode == CAUSAL:
         readers[CAUSAL] = causal_reader(*shown, arm.num_voco_tokens[0], longest)
-    readers |= {f"k={k}": voco_reader(*shown, k, longest) for k in arm.read_at}
+    readers |= {f"k={k}": voco_reader(*shown, k, max_new_tokens=longest) for k in arm.read_at}
     if arm.compressor is not None:
         readers["k=1"] = uncompressed_reader(*shown, longest)
     elif 0 in arm.num_voco_tokens:
