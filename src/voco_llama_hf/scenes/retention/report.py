@@ -27,6 +27,7 @@ from .study import CAUSAL, UPPER, Courses
 
 
 RETAINED = (OBJECTS, "all")
+NOTHING = float("nan")  # was asked, of few scenes
 HEADINGS = ("objects", "retention", "questions", "retention", *FAMILIES)
 # Mean retention in percent: paper, Table 2 (MMB, GQA, VQAv2 and SEED) and Table 1
 PAPER_VOCO = {1: 83.8, 2: 87.8, 4: 90.4, 8: 91.3, 16: 91.3, 32: 92.6, 64: 93.7, 128: 97.7}
@@ -144,10 +145,12 @@ def make_rows(results: dict[str, list[ScenesResults]], difficulty: str) -> list[
         for reading in by_seed[0].accuracy:
             scores = [result.accuracy[reading][difficulty] for result in by_seed]
             name = "lower bound" if (arm, reading) == (UPPER.name, "k=1") else arm
-            accuracy = {group: [score[group] for score in scores] for group in (OBJECTS, "all", *FAMILIES)}
+            accuracy = {
+                group: [score.get(group, NOTHING) for score in scores] for group in (OBJECTS, "all", *FAMILIES)
+            }
             kept = {
                 group: [
-                    retention(score[group], lower[group], upper[group])
+                    retention(*(numbers.get(group, NOTHING) for numbers in (score, lower, upper)))
                     for score, (lower, upper) in zip(scores, bounds, strict=True)
                 ]
                 for group in RETAINED
