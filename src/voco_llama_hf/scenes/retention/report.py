@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass
 from datetime import date
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -160,7 +161,9 @@ def make_rows(results: dict[str, list[ScenesResults]], difficulty: str) -> list[
 
 
 def percent(values: list[float]) -> str:
-    """Mean and, of several seeds, standard deviation."""
+    """Mean and, of several seeds, standard deviation; nothing of what was not asked."""
+    if any(map(isnan, values)):
+        return ""
     spread = f" ±{100 * stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * mean(values):.1f}{spread}"
 
