@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from math import isnan
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
+import numpy as np
 import torch
 import transformers
 import trl
@@ -164,7 +165,7 @@ def percent(values: list[float]) -> str:
     """Mean and, of several seeds, standard deviation; nothing of what was not asked."""
     if any(map(isnan, values)):
         return ""
-    spread = f" ±{100 * stdev(values):.1f}" if len(values) > 1 else ""
+    spread = f" ±{100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * mean(values):.1f}{spread}"
 
 
@@ -215,7 +216,7 @@ def plot_rows(rows: list[Row], title: str, path: Path) -> None:
     for name, points in curves.items():
         ks, values = zip(*points)
         centres = [100 * mean(value) for value in values]
-        spreads = [100 * stdev(value) if len(value) > 1 else 0 for value in values]
+        spreads = [100 * np.std(value, ddof=1) if len(value) > 1 else 0 for value in values]
         style = "none" if len(ks) == 1 else "-"
         panel.errorbar(ks, centres, yerr=spreads, label=name, marker="o", linestyle=style, capsize=3)
     paper = {k: value for k, value in PAPER_VOCO.items() if k <= largest}
