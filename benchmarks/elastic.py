@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import transformers
-import trl
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT
-from voco_llama_hf.benchmark.results import hardware
 from voco_llama_hf.files import written_aside
+from voco_llama_hf.scenes.retention.report import origin
 from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.retention.study import Arm, Study, elastic_arm, fixed_arm
 from voco_llama_hf.scenes.still import DIFFICULTIES
@@ -56,9 +52,7 @@ def main(
     console.print(make_table(arms, accuracy))
     if output is not None:
         record = {
-            "date": date.today().isoformat(),
-            "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+            **origin(),
             "steps": steps,
             "seed": seed,
             "split": "test",

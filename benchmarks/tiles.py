@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Annotated
 
 import datasets
-import torch
-import transformers
-import trl
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from voco_llama_hf.benchmark.results import hardware
 from voco_llama_hf.files import written_aside
 from voco_llama_hf.scenes.evaluation import GROUPS, UNCOMPRESSED, ScenesResults, Scores
+from voco_llama_hf.scenes.retention.report import origin
 from voco_llama_hf.scenes.retention.tiles import TileArm, TileStudy, make_arms, run_tile_study
 from voco_llama_hf.scenes.scoring import add_bars, add_legend, add_levels, add_panels, percent
 
@@ -53,9 +49,7 @@ def main(
     console.print(make_table(arms, results, study))
     if output is not None:
         record = {
-            "date": date.today().isoformat(),
-            "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+            **origin(),
             "steps": steps,
             "rounds": rounds,
             "batch_size": study.recipe.batch_size,

@@ -55,11 +55,12 @@ def compress(
 
     from voco_llama_hf.modeling import VoCoCache
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
+    from voco_llama_hf.pictures import name_number
     from voco_llama_hf.vision_tokens import count_image_tiles, count_vision_tokens
 
     per_tile = num_voco_tokens_per_tile is not None
     count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
-    numbers: dict[str, Any] = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": count}
+    numbers: dict[str, Any] = {**name_number(count, per_tile)}
     caches: list[VoCoCache] = []
     num_tiles: list[int] = []
     vision_tokens = 0

@@ -22,6 +22,11 @@ def prepare(image_processor: "BaseImageProcessor", image: Any) -> dict[str, torc
     return {name: made[name] for name in PIXELS if name in made}
 
 
+def name_number(num_voco_tokens: int, per_tile: bool) -> dict[str, int]:
+    """What tells the processor and the model how many VoCo tokens an image gets, or else each of its tiles."""
+    return {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": num_voco_tokens}
+
+
 def join(pictures: Sequence[dict[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """
     What [`prepare`] made of several images, as one batch: with zeros behind the tiles of those that have fewer.
@@ -55,4 +60,4 @@ def random_pictures(model: "VoCoLlamaForConditionalGeneration", num_images: int)
     return {"pixel_values": tiles, "image_sizes": torch.tensor([largest_size(config)] * num_images)}
 
 
-__all__ = ["PIXELS", "choose", "join", "prepare", "random_pictures"]
+__all__ = ["PIXELS", "choose", "join", "name_number", "prepare", "random_pictures"]

@@ -11,7 +11,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
-from ..pictures import choose, join, prepare
+from ..pictures import choose, join, name_number, prepare
 
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def voco_reader(
     Reads images from `k` VoCo tokens each, or from `k` of every tile, which are images of one size then; every image
     is compressed once, at the first question.
     """
-    numbers: dict[str, int] = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": k}
+    numbers = name_number(k, per_tile)
     cache: VoCoCache | None = None
 
     def read(questions: list[str], images: list[int]) -> list[str]:

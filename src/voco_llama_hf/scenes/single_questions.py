@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling import VoCoLlamaProcessor
+from ..pictures import name_number
 from .data import PhaseRow
 from .still import Message
 
@@ -32,7 +33,7 @@ class SingleQuestionCollator:
 
     def __init__(self, processor: VoCoLlamaProcessor, num_voco_tokens: int, per_tile: bool = False):
         self.processor = processor
-        self.numbers = {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": num_voco_tokens}
+        self.numbers = name_number(num_voco_tokens, per_tile)
         # The same is asked about many images
         self.turn = lru_cache(KNOWN_TURNS)(partial(tokenize_turn, processor))
 

@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..llava import CLASSES, TILE_SETTINGS
 from ..modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
@@ -47,18 +46,16 @@ def kl_divergence(student: Reading, teacher: Reading, labels: torch.Tensor, temp
     Returns:
         `torch.Tensor`: a scalar in nats, with a gradient to the student.
     """
-    # Where the function is applied, autograd notes the shape of the weights: ZeRO-3 must have gathered them by then
-    with maybe_gather_lm_head_ctx(student.head.weight, teacher.head.weight):
-        total, _, _ = _chunked_divergence_loss(
-            student.hidden_states[:, :-1],
-            teacher.hidden_states[:, :-1],
-            student.head.weight,
-            teacher.head.weight,  # has no gradient from here; detached, it would not be known as one to gather
-            labels[:, 1:] != -100,
-            beta=0.0,  # forward KL
-            num_items_in_batch=1,
-            temperature=temperature,
-        )
+    total, _, _ = _chunked_divergence_loss(
+        student.hidden_states[:, :-1],
+        teacher.hidden_states[:, :-1],
+        student.head.weight,
+        teacher.head.weight,  # has no gradient from here; detached, ZeRO-3 would not know it as one to gather
+        labels[:, 1:] != -100,
+        beta=0.0,  # forward KL
+        num_items_in_batch=1,
+        temperature=temperature,
+    )
     return total
 
 

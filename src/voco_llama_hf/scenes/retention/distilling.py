@@ -9,8 +9,8 @@ from pathlib import Path
 
 from datasets import Dataset
 from rich.console import Console
-from rich.table import Table
 
+from ...benchmark.report import Sheet
 from ...files import written_aside
 from ...pictures import prepare
 from ..data import Draw
@@ -130,29 +130,26 @@ class Lessons:
     about: dict[str, object]
     results: dict[str, list[ScenesResults]]
 
-    def cells(self) -> dict[str, list[str]]:
+    def sheet(self) -> Sheet:
         """Exact match in percent by arm, for sparse and dense scenes."""
-        return {
-            arm: [percent([one.accuracy["k=1"][difficulty]["all"] for one in by_seed]) for difficulty in DIFFICULTIES]
+        rows = [
+            [
+                arm,
+                *(percent([one.accuracy["k=1"][difficulty]["all"] for one in by_seed]) for difficulty in DIFFICULTIES),
+            ]
             for arm, by_seed in self.results.items()
-        }
+        ]
+        title = f"One VoCo token, few answers: exact match, percent ({self.about['steps']} steps)"
+        return Sheet(title, ["trained with", *DIFFICULTIES], rows)
 
     def print(self, console: Console) -> None:
         """Prints the table, in percent."""
-        table = Table(title=f"One VoCo token, few answers: exact match, percent ({self.about['steps']} steps)")
-        table.add_column("trained with", no_wrap=True)
-        for difficulty in DIFFICULTIES:
-            table.add_column(difficulty, justify="right", no_wrap=True)
-        for arm, cells in self.cells().items():
-            table.add_row(arm, *cells)
-        console.print(table)
+        self.sheet().print(console)
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
         if path.suffix.lower() == ".md":
-            lines = [f"| trained with | {' | '.join(DIFFICULTIES)} |", "| --- |" + " ---: |" * len(DIFFICULTIES)]
-            lines += [f"| {arm} | {' | '.join(cells)} |" for arm, cells in self.cells().items()]
-            text = "\n".join(lines) + "\n"
+            text = self.sheet().markdown_table() + "\n"
         else:
             results = {arm: [asdict(one) for one in by_seed] for arm, by_seed in self.results.items()}
             text = json.dumps({**origin(), **self.about, "results": results}, indent=2) + "\n"
