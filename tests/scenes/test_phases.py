@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.scenes.building import build_model, build_processor
-from voco_llama_hf.scenes.muon import MuonWithAdamW
+from voco_llama_hf.scenes.muon import MuonWithAdamW, NoBfloat16
 from voco_llama_hf.scenes.phases import average_weights, train
 from voco_llama_hf.scenes.publishing import publish
 from voco_llama_hf.scenes.recipe import SCENES_576, Phase
@@ -61,6 +62,20 @@ def test_optimizer_moves_every_parameter_once_and_resumes(processor):
     optimizer.step()
     resumed.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def test_muon_without_bfloat16_takes_the_same_steps():
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2)]
+    gradient = torch.randn(24, 16)
+    for weight, mode in zip(weights, (nullcontext(), NoBfloat16())):
+        weight.grad = gradient.clone()
+        with mode:
+            torch.optim.Muon([weight], lr=1.0, weight_decay=0.0).step()
+        torch.testing.assert_close(weight.grad, gradient)
+    rounded, exact = (1 - weight.detach() for weight in weights)
+    assert not torch.equal(rounded, exact)
+    assert torch.nn.functional.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.999
 
 
 class Zeros(torch.nn.Module):

@@ -72,13 +72,13 @@ class Follower(TrainerCallback):
         model: PreTrainedModel = kwargs["model"]
         training = model.training
         model.eval()
-        shares = [self._exact_match(model, batch) for batch in self.batches]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            shares = [self._exact_match(model, batch) for batch in self.batches]
         model.train(training)
         state.log_history[-1][EXACT_MATCH] = sum(shares) / len(shares)
 
     @torch.no_grad()
     def _exact_match(self, model: PreTrainedModel, batch: Batch) -> float:
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        with torch.autocast(model.device.type, torch.bfloat16):
-            logits = model(**batch, attention_mode=self.attention_mode).logits
+        logits = model(**batch, attention_mode=self.attention_mode).logits
         return exact_match(logits, batch["labels"], batch["text_groups"])

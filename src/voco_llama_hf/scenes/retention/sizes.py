@@ -29,12 +29,12 @@ class Size:
     learning_rates: tuple[float, ...] = (1e-3,)
 
 
-# A minute or two an arm on one CPU core, short of convergence: 16 vision tokens, up to four objects
+# A few minutes an arm on one CPU core: 16 vision tokens, up to four objects
 MINI_SIZE = Size(
     Recipe(
         phases=(
             Phase("description", 250, 3e-3, "constant_with_warmup", (0,), questions=2, describe=True, single=True),
-            Phase("uncompressed", 400, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
+            Phase("uncompressed", 2400, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
         ),
         canvas=MINI,
         num_train_scenes=20_000,
@@ -49,7 +49,7 @@ MINI_SIZE = Size(
         num_workers=0,
         keep_rows=True,
     ),
-    steps=400,
+    steps=600,
     questions=2,
     learning_rates=(2e-3,),
 )
