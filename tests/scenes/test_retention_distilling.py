@@ -45,16 +45,18 @@ def test_the_first_scenes_keep_their_answers_and_the_others_have_the_teachers():
 
 
 def test_lessons_differ_in_who_answers_and_in_what_is_compared():
-    few, few_distilled, words, distribution, all_answers = lessons()
-    assert len({arm.folder for arm in lessons()}) == 5
-    assert [arm.distillation_weight for arm in lessons()] == [0, 0.5, 0, 0.5, 0]
+    few, few_distilled, words, distribution, all_answers, all_distilled = lessons()
+    assert len({arm.folder for arm in lessons()}) == 6
+    assert [arm.distillation_weight for arm in lessons()] == [0, 0.5, 0, 0.5, 0, 0.5]
     assert not few.asks_teacher and not few_distilled.asks_teacher and words.asks_teacher and distribution.asks_teacher
-    assert not isinstance(all_answers, Lesson)
+    assert not isinstance(all_answers, Lesson) and not isinstance(all_distilled, Lesson)
 
 
 def test_the_table_has_mean_and_spread(tmp_path):
     results = [
-        ScenesResults("test", 1, {}, {"k=1": {d: dict.fromkeys(("all", *FAMILIES), value) for d in DIFFICULTIES}}, {})
+        ScenesResults(
+            "test", 1, {}, {"k=1": {d: dict.fromkeys(("objects", "all", *FAMILIES), value) for d in DIFFICULTIES}}, {}
+        )
         for value in (0.5, 0.7)
     ]
     found = Lessons({"steps": 2}, {"few answers": results})
@@ -62,7 +64,7 @@ def test_the_table_has_mean_and_spread(tmp_path):
     found.print(console)
     assert "60.0 ±14.1" in console.file.getvalue()
     found.save(tmp_path / "found.md")
-    assert (tmp_path / "found.md").read_text().splitlines()[-1] == "| few answers | 60.0 ±14.1 | 60.0 ±14.1 |"
+    assert (tmp_path / "found.md").read_text().splitlines()[-1] == "| few answers |" + 4 * " 60.0 ±14.1 |"
 
 
 @pytest.mark.slow
@@ -75,6 +77,8 @@ def test_a_micro_study_asks_the_teacher_once(tmp_path):
     assert len(answers) == 6 and all(len(row) == 3 for row in answers)
     first.save(tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["known"] == 4
+    (log,) = tmp_path.glob("few-answers-distilled-*/log.json")
+    assert any("distillation_loss" in entry for entry in json.loads(log.read_text())["log"])
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert run_distillation(study, range(1), "validation", 4, report=lambda what: None) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written

@@ -18,12 +18,13 @@ from ..evaluation import ScenesResults
 from ..readers import uncompressed_reader
 from ..recipe import Phase, Recipe
 from ..still import DIFFICULTIES
-from .describing import LONGEST_DESCRIPTION
+from .describing import LONGEST_DESCRIPTION, OBJECTS
 from .report import origin, percent
 from .study import Arm, Study, fixed_arm
 
 
 ANSWERED_AT_A_TIME = 64  # scenes
+MEASURED = {OBJECTS: "objects", "all": "questions"}
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,19 @@ class Lesson(Arm):
 
 def lessons() -> tuple[Arm, ...]:
     """
-    With the few answers alone, and with those of a teacher, in both cases with its words only and with its
-    distribution, half and half; and with all the true answers, which is as much as a teacher could give.
+    With the few answers alone, with those of a teacher, and with all the true answers; of each the words only, and
+    half and half with the distribution of the teacher.
     """
     few = Lesson("few answers", (1,), read_at=(1,))
     taught = replace(few, name="teacher's words", asks_teacher=True)
+    every = fixed_arm(1)
     return (
         few,
         replace(few, name="few answers, distilled", distillation_weight=0.5),
         taught,
         replace(taught, name="teacher's distribution", distillation_weight=0.5),
-        fixed_arm(1),
+        every,
+        replace(every, name=f"{every.name}, distilled", distillation_weight=0.5),
     )
 
 
@@ -131,16 +134,15 @@ class Lessons:
     results: dict[str, list[ScenesResults]]
 
     def sheet(self) -> Sheet:
-        """Exact match in percent by arm, for sparse and dense scenes."""
+        """Objects that are named and answers that are right, in percent, by arm, of sparse and dense scenes."""
+        columns = [(difficulty, group) for difficulty in DIFFICULTIES for group in MEASURED]
         rows = [
-            [
-                arm,
-                *(percent([one.accuracy["k=1"][difficulty]["all"] for one in by_seed]) for difficulty in DIFFICULTIES),
-            ]
+            [arm, *(percent([one.accuracy["k=1"][kind][group] for one in by_seed]) for kind, group in columns)]
             for arm, by_seed in self.results.items()
         ]
-        title = f"One VoCo token, few answers: exact match, percent ({self.about['steps']} steps)"
-        return Sheet(title, ["trained with", *DIFFICULTIES], rows)
+        headings = [f"{MEASURED[group]}, {difficulty}" for difficulty, group in columns]
+        title = f"One VoCo token, few answers: percent ({self.about['steps']} steps)"
+        return Sheet(title, ["trained with", *headings], rows)
 
     def print(self, console: Console) -> None:
         """Prints the table, in percent."""

@@ -88,7 +88,6 @@ def make_arms(ks: tuple[int, ...]) -> tuple[Arm, ...]:
         Arm("q-former", (0,), compressor="q-former"),
         *(fixed_arm(k, read_at=ks if k == ks[-1] else ()) for k in ks),
         elastic_arm(ks),
-        replace(fixed_arm(ks[0]), name=f"trained at k={ks[0]}, distilled", distillation_weight=0.5),
     )
 
 
