@@ -30,7 +30,7 @@ class Content:
         content_hash (`str`):
             SHA-256 of its bytes or pixels, in hexadecimal digits.
         sampling (`str`, *optional*, defaults to `""`):
-            How the frames of a video were chosen, as in `"num_frames=8"`; [`TILES`] for an image of which every tile
+            How the frames of a video were chosen, as in `"num_frames=8"`; `"tiles"` for an image of which every tile
             has VoCo tokens of its own; empty for any other image.
         source (`str`, *optional*, defaults to `""`):
             Where it comes from; what it can be asked for by.
