@@ -250,12 +250,19 @@ def test_a_store_with_other_tiles_than_an_image_has(folder, model, processor, tm
         assert reply.choices[0].message.content.strip() == answer_per_tile(model, processor, photos[1:], 1)
 
 
-def test_demo(folder, model, processor):
+def test_demo(folder, model, processor, tmp_path):
     engine = DemoEngine(model, processor, Limits(max_tokens=6))
     photo = folder / "photos" / "0.png"
     source, _ = engine.open(str(photo), "me", 2)
     *_, last = engine.ask(source, 2, QUESTION)
     assert last.text == answer(model, processor, photo, 2)
+    tiles = count_image_tiles(model.config, (40, 90))
+    apart = engine.compress(source, 2, per_tile=True)
+    assert apart.num_tokens == 2 * tiles > engine.compress(source, 2).num_tokens
+    *_, last = engine.ask(source, 2, QUESTION, per_tile=True)
+    assert last.text == answer_per_tile(model, processor, [photo], 2)
+    saved, _ = engine.open_cache(str(engine.save(source, 2, str(tmp_path), per_tile=True)), "me")
+    assert saved.num_images == tiles and saved.num_voco_tokens == 2 * tiles
     reading, uncompressed = engine.ask_uncompressed(source, QUESTION)
     assert reading.num_tokens == count_vision_tokens(model.config, (40, 90)) and uncompressed.is_done
     engine.warm_up()
