@@ -84,8 +84,6 @@ def ask(
     check_numbers(num_voco_tokens, num_voco_tokens_per_tile)
     if num_tiles is not None and cache is None:
         raise UsageProblem("--num-tiles goes with --cache")
-    if num_voco_tokens_per_tile is not None and store is not None:
-        raise UsageProblem("--num-voco-tokens-per-tile does not go with --store, which keeps images as a whole")
     check_sampling_options(num_frames, fps)
     check_video_extra(images)
     from voco_llama_hf.images import open_image
@@ -109,7 +107,8 @@ def ask(
     if cache is not None:
         stored = from_file(cache, None if num_tiles is None else parse_numbers(num_tiles, "--num-tiles"))
     if store is not None:
-        stored = from_store(store, names or [], num_voco_tokens)
+        count = num_voco_tokens_per_tile or num_voco_tokens
+        stored = from_store(store, names or [], count, num_voco_tokens_per_tile is not None)
     network, processor = load_model(name, device, dtype)
     if stored is not None:
         made_for = with_images(network.fingerprint(), processor.image_processor)
@@ -209,9 +208,9 @@ def from_file(path: Path, num_tiles: list[int] | None) -> Asked:
     return Asked(cache, ["image"] * len(tiles), tiles, [])
 
 
-def from_store(path: str, names: list[str], num_voco_tokens: int | None) -> Asked:
+def from_store(path: str, names: list[str], num_voco_tokens: int | None, per_tile: bool) -> Asked:
     """
-    Entries of a store.
+    Entries of a store, of so many VoCo tokens an image, or a tile, if it is said.
 
     Raises:
         UsageProblem: if a name is none of an entry, or of several.
@@ -222,11 +221,11 @@ def from_store(path: str, names: list[str], num_voco_tokens: int | None) -> Aske
     from .store import find_one
 
     with VoCoStore(path) as store:
-        entries = [find_one(store, name, num_voco_tokens) for name in names]
+        entries = [find_one(store, name, num_voco_tokens, per_tile) for name in names]
         caches = [store.get(entry.content_hash, entry.num_voco_tokens, entry.sampling) for entry in entries]
     kinds = ["video" if entry.is_video else "image" for entry in entries]
-    tiles = [1] * kinds.count("image")
-    return Asked(VoCoCache.cat(caches), kinds, tiles, [entry.num_images for entry in entries if entry.is_video])
+    tiles, frames = ([entry.num_images for entry in entries if entry.is_video == is_film] for is_film in (False, True))
+    return Asked(VoCoCache.cat(caches), kinds, tiles, frames)
 
 
 def compress_now(

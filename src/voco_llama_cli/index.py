@@ -18,7 +18,9 @@ from .options import (
     ModelOption,
     NumFramesOption,
     NumVoCoTokensOption,
+    NumVoCoTokensPerTileOption,
     check_extra,
+    check_numbers,
     check_sampling_options,
     check_video_extra,
     human_bytes,
@@ -46,6 +48,7 @@ def index(
     store: Annotated[Path, typer.Option("--store", "-s", help="Folder of the store, made if it is not there.")],
     model: ModelOption = None,
     num_voco_tokens: NumVoCoTokensOption = None,
+    num_voco_tokens_per_tile: NumVoCoTokensPerTileOption = None,
     num_frames: NumFramesOption = None,
     fps: FpsOption = None,
     eight_bit: Annotated[
@@ -76,7 +79,10 @@ def index(
         raise UsageProblem(f"{source} is not a folder" + (": --cluster reads it" if can_be_table(source) else ""))
     if store.exists() and not store.is_dir():
         raise UsageProblem(f"{store} is a file: --store takes a folder")
+    check_numbers(num_voco_tokens, num_voco_tokens_per_tile)
     check_sampling_options(num_frames, fps)
+    if cluster and num_voco_tokens_per_tile is not None:
+        raise UsageProblem("--num-voco-tokens-per-tile does not go with --cluster")
     if cluster:
         options: dict[str, Any] = {
             "num_voco_tokens": num_voco_tokens,
@@ -91,6 +97,7 @@ def index(
             "--store": store,
             "--model": model,
             "--num-voco-tokens": num_voco_tokens,
+            "--num-voco-tokens-per-tile": num_voco_tokens_per_tile,
             "--num-frames": num_frames,
             "--fps": fps,
             "--batch-size": batch_size,
@@ -114,10 +121,14 @@ def index(
     network, processor = load_model(name, device or own_device(processes.local_rank, processes.number), dtype)
     from voco_llama_hf.modeling.configuration_voco_llama import cache_bytes
     from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
+    from voco_llama_hf.modeling.tiled_processing_voco_llama import check_divides_images
     from voco_llama_hf.vision_tokens import count_vision_tokens
 
-    sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps)
-    count = num_voco_tokens or processor.num_voco_tokens
+    per_tile = num_voco_tokens_per_tile is not None
+    if per_tile:
+        check_divides_images(processor.image_processor)
+    sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps, per_tile)
+    count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
     check_num_voco_tokens([count])
     indexer = Indexer(
         store, network, processor, count, sampling, eight_bit, batch_size, shard_images, num_workers, processes
@@ -214,7 +225,7 @@ def summarize(store: VoCoStore, num_files: int, failures: dict[str, str], image_
     for path, error in list(failures.items())[:SHOWN_FAILURES]:
         typer.echo(f"left out {printable(path)}: {printable(error)}", err=True)
     entries = list(store)
-    images = sum(entry.num_images for entry in entries)
+    images = sum(entry.num_images if entry.is_video else 1 for entry in entries)
     full = images * image_bytes
     num_failed = len(store.failures())
     typer.echo(

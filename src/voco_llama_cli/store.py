@@ -197,16 +197,20 @@ def show_progress(what: str, results: Iterable[tuple[str, Exception | None]], nu
     return left_out
 
 
-def find(store, name: str, num_voco_tokens: int | None = None) -> list:
+def find(store, name: str, num_voco_tokens: int | None = None, per_tile: bool = False) -> list:
     """
-    The entries of one content.
+    The entries of one content; with so many VoCo tokens of an image, or else of each of its tiles, if they are named.
 
     Raises:
         UsageProblem: if there is none of that name, or several contents.
     """
-    entries = [entry for entry in store.find(name) if num_voco_tokens in (None, entry.num_voco_tokens)]
+    entries = store.find(name)
+    if num_voco_tokens is not None:
+        entries = [entry for entry in entries if entry.num_voco_tokens == num_voco_tokens]
+        entries = [entry for entry in entries if entry.is_video or entry.is_in_tiles == per_tile]
     if not entries:
         at_k = "" if num_voco_tokens is None else f" with {plural(num_voco_tokens, 'VoCo token')}"
+        at_k += " of every tile" if per_tile else ""
         raise UsageProblem(f"{store.path} has no {name!r}{at_k}; voco-llama store info --files lists what it has")
     if len({entry.content_hash for entry in entries}) > 1:
         sources = ", ".join(entry.sources[0] if entry.sources else entry.content_hash[:12] for entry in entries)
@@ -214,15 +218,17 @@ def find(store, name: str, num_voco_tokens: int | None = None) -> list:
     return entries
 
 
-def find_one(store, name: str, num_voco_tokens: int | None):
+def find_one(store, name: str, num_voco_tokens: int | None, per_tile: bool):
     """
-    One entry.
+    One entry, see [`find`].
 
     Raises:
         UsageProblem: if there is none, or several.
     """
-    entries = find(store, name, num_voco_tokens)
+    entries = find(store, name, num_voco_tokens, per_tile)
     if len(entries) > 1:
         found = ", ".join(f"k={entry.num_voco_tokens} {entry.sampling}".strip() for entry in entries)
-        raise UsageProblem(f"{name!r} is stored more than once ({found}): choose with --num-voco-tokens")
+        raise UsageProblem(
+            f"{name!r} is stored more than once ({found}): choose with --num-voco-tokens or --num-voco-tokens-per-tile"
+        )
     return entries[0]

@@ -1,8 +1,10 @@
 """Models that divide images into tiles, in all that stands on images: commands, store, server, demo, evaluation."""
 
+import io
 import re
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -13,11 +15,13 @@ from serving.conftest import MODEL, ask, client_of, data_url, in_process
 from voco_llama_hf import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.demo import DemoEngine
 from voco_llama_hf.images import open_image
+from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
 from voco_llama_hf.scenes.evaluation import evaluate_scenes
 from voco_llama_hf.serving import Limits
 from voco_llama_hf.store import Content, VoCoStore, hash_file
+from voco_llama_hf.store.content import TILES
 from voco_llama_hf.store.indexing import Indexer, Sampling
-from voco_llama_hf.vision_tokens import count_vision_tokens
+from voco_llama_hf.vision_tokens import count_image_tiles, count_vision_tokens
 
 
 SIZES = [(90, 40), (30, 30), (20, 200), (84, 84)]
@@ -53,6 +57,17 @@ def answer(model, processor, path: Path, k: int, max_new_tokens: int = 6) -> str
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
+def answer_per_tile(model, processor, photos: list[Path], k: int) -> str:
+    inputs = processor(
+        images=[open_image(photo) for photo in photos],
+        text=f"user: {'<image>' * len(photos)}{QUESTION}assistant: ",
+        num_voco_tokens_per_tile=k,
+        return_tensors="pt",
+    )
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
 def test_ask_and_compress(invoke, folder, model, processor, tmp_path):
     photos = sorted((folder / "photos").iterdir())
     question = ["--model", folder, "--max-new-tokens", 6, "-k", 2]
@@ -72,14 +87,7 @@ def test_ask_and_compress(invoke, folder, model, processor, tmp_path):
 def test_voco_tokens_of_every_tile(invoke, folder, model, processor, tmp_path):
     """Asked at once or from a file, as the processor and `generate` do."""
     photos, cache = sorted((folder / "photos").iterdir())[:2], tmp_path / "photos.safetensors"
-    inputs = processor(
-        images=[open_image(photo) for photo in photos],
-        text=f"user: <image><image>{QUESTION}assistant: ",
-        num_voco_tokens_per_tile=2,
-        return_tensors="pt",
-    )
-    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    expected = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    expected = answer_per_tile(model, processor, photos, 2)
 
     ask, per_tile = ["ask", "--model", folder, "--max-new-tokens", 6], ["--num-voco-tokens-per-tile", 2]
     asked = invoke(*ask, *per_tile, "--stats", *photos, QUESTION)
@@ -87,12 +95,13 @@ def test_voco_tokens_of_every_tile(invoke, folder, model, processor, tmp_path):
 
     printed = invoke("compress", "--model", folder, *per_tile, "--output", cache, *photos).stdout
     tiles = re.search(r"2 images in ([\d,]+) tiles, 2 VoCo tokens each", printed).group(1)
-    assert len(VoCoCache.load(cache)) == sum(map(int, tiles.split(","))) == len(inputs["pixel_values"])
+    pictures = [open_image(photo) for photo in photos]
+    num_tiles = len(processor(images=pictures, num_voco_tokens_per_tile=2, return_tensors="pt")["pixel_values"])
+    assert len(VoCoCache.load(cache)) == sum(map(int, tiles.split(","))) == num_tiles
     assert invoke(*ask, "--cache", cache, "--num-tiles", tiles, QUESTION).stdout.strip() == expected
 
     for args, message in (
         ([*per_tile, "-k", 2, *photos], "--num-voco-tokens or --num-voco-tokens-per-tile, not both"),
-        ([*per_tile, "--store", tmp_path, "--image", "a"], "does not go with --store"),
         (["--num-tiles", "2", *photos], "--num-tiles goes with --cache"),
         (["--cache", cache, "--num-tiles", "1,1"], "which are not the .* of --num-tiles"),
         (["--cache", cache, "--num-tiles", ""], "which are not the .* of --num-tiles"),
@@ -102,10 +111,14 @@ def test_voco_tokens_of_every_tile(invoke, folder, model, processor, tmp_path):
 
 def test_images_that_are_not_divided_have_no_tiles(invoke, folder, tmp_path):
     photo = folder / "photos" / "0.png"
-    for command in (["ask", photo, QUESTION], ["compress", photo, "--output", tmp_path / "cache"]):
+    for command in (
+        ["ask", photo, QUESTION],
+        ["compress", photo, "--output", tmp_path / "cache"],
+        ["index", photo.parent, "--store", tmp_path / "store"],
+    ):
         failed = invoke(*command, "--num-voco-tokens-per-tile", 2, exit_code=1)
         assert "divide" in failed.stderr and "Traceback" not in failed.stderr
-    assert not (tmp_path / "cache").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_large_image_is_one_entry_of_a_store(folder, model, processor, tmp_path):
@@ -117,6 +130,33 @@ def test_a_large_image_is_one_entry_of_a_store(folder, model, processor, tmp_pat
         for photo in photos:
             inputs = processor(images=open_image(photo), num_voco_tokens=2, return_tensors="pt")
             torch.testing.assert_close(store.get(hash_file(photo)).keys, model.compress(**inputs).keys)
+
+
+def test_an_archive_of_tiles(invoke, folder, model, processor, tmp_path):
+    """Indexed beside whole images of the same files, and asked about."""
+    photos, store = sorted((folder / "photos").iterdir()), tmp_path / "store"
+    index = ["index", folder / "photos", "--store", store, "--model", folder]
+    per_tile = ["--num-voco-tokens-per-tile", 2]
+    printed = invoke(*index, *per_tile, "--batch-size", 3).stdout
+    assert "4 entries, 4 images or frames" in printed
+    with VoCoStore(store) as opened:
+        for photo in photos:
+            inputs = processor(images=open_image(photo), num_voco_tokens_per_tile=2, return_tensors="pt")
+            torch.testing.assert_close(opened.get(hash_file(photo)).keys, model.compress(**inputs).keys)
+        written = opened.nbytes
+    assert "4 entries" in invoke(*index, *per_tile).stdout  # all of them known
+    with VoCoStore(store) as opened:
+        assert opened.nbytes == written
+
+    assert "8 entries, 8 images or frames" in invoke(*index, "-k", 2).stdout
+    ask = ["ask", "--model", folder, "--max-new-tokens", 6, "--store", store, "--image", "0.png"]
+    assert invoke(*ask, "-k", 2, QUESTION).stdout.strip() == answer(model, processor, photos[0], 2)
+    expected = answer_per_tile(model, processor, [photos[0], photos[2]], 2)
+    assert invoke(*ask, "--image", "2.png", *per_tile, QUESTION).stdout.strip() == expected
+    assert "(k=2 tiles, k=2)" in invoke(*ask, QUESTION, exit_code=2).stderr
+    missing = invoke(*ask, "--num-voco-tokens-per-tile", 3, QUESTION, exit_code=2).stderr
+    assert "3 VoCo tokens of every tile" in " ".join(missing.split())
+    assert "images: 8" in invoke("store", "info", store).stdout
 
 
 def test_tiles_that_repeat_are_stored_once(model, tmp_path):
@@ -142,12 +182,87 @@ def test_server(folder, model, processor):
     assert reply.choices[0].message.content.strip() == answer(model, processor, photo, 2)
 
 
-def test_demo(folder, model, processor):
+def test_server_with_voco_tokens_of_every_tile(folder, model, processor, tmp_path):
+    """As `generate`; kept apart from whole images of as many tokens, in memory and over a restart."""
+    photos = sorted((folder / "photos").iterdir())[:2]
+
+    def reply(url: str, shown: list[Path], **numbers: int):
+        response = client_of(url).chat.completions.create(
+            model=MODEL,
+            messages=ask(QUESTION, *[data_url(photo.read_bytes()) for photo in shown]),
+            max_tokens=6,
+            temperature=0,
+            extra_body=numbers,
+        )
+        text, usage = response.choices[0].message.content.strip(), response.usage
+        return text, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+    tiles = [count_image_tiles(model.config, (height, width)) for width, height in SIZES[:2]]
+    longer = 2 * (sum(tiles) - len(tiles))
+    both, first = (answer_per_tile(model, processor, shown, 2) for shown in (photos, photos[:1]))
+    with in_process(model, processor, store=tmp_path) as (_, url):
+        whole, length, _ = reply(url, photos, num_voco_tokens=2)
+        assert reply(url, photos, num_voco_tokens_per_tile=2) == (both, length + longer, 0)
+        assert reply(url, photos[:1], num_voco_tokens_per_tile=2)[::2] == (first, 2 * tiles[0])
+        assert reply(url, photos, num_voco_tokens=2) == (whole, length, 4)
+    with in_process(model, processor, store=tmp_path) as (_, url):
+        assert reply(url, photos, num_voco_tokens_per_tile=2) == (both, length + longer, 2 * sum(tiles))
+        assert reply(url, photos, num_voco_tokens=2) == (whole, length, 4)
+
+
+def test_tiles_that_the_server_refuses(model, processor):
+    photo = picture(84, 84)
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+    image = data_url(file.getvalue())
+
+    def refusal(url: str, messages: list[dict], **numbers: int) -> str:
+        with pytest.raises(openai.BadRequestError) as error:
+            client_of(url).chat.completions.create(model=MODEL, messages=messages, extra_body=numbers)
+        return error.value.body["message"]
+
+    with in_process(model, processor) as (_, url):
+        messages = ask(QUESTION, image)
+        for number in (0, 65, "2", True):
+            assert "num_voco_tokens_per_tile must be an" in refusal(url, messages, num_voco_tokens_per_tile=number)
+        twice = refusal(url, messages, num_voco_tokens=2, num_voco_tokens_per_tile=2)
+        assert "num_voco_tokens or num_voco_tokens_per_tile, not both" in twice
+        # Fits with one tile an image
+        messages = ask(QUESTION, *[image] * 16)
+        assert "this model reads at most" in refusal(url, messages, num_voco_tokens_per_tile=64)
+
+
+def test_a_store_with_other_tiles_than_an_image_has(folder, model, processor, tmp_path):
+    """Who asks about it is told so, and nobody else."""
+    photos = sorted((folder / "photos").iterdir())[:2]
+    inputs = processor(images=open_image(photos[0]), num_voco_tokens_per_tile=1, return_tensors="pt")
+    made_by = with_images(model.fingerprint(), processor.image_processor)
+    cache = model.compress(**inputs)[:1]
+    cache.fingerprint = made_by
+    with VoCoStore(tmp_path, made_by) as store:
+        store.add([Content(hash_file(photos[0]), TILES)], [cache])
+    with in_process(model, processor, store=tmp_path) as (_, url):
+        create = client_of(url).chat.completions.create
+        options = {"model": MODEL, "max_tokens": 6, "temperature": 0, "extra_body": {"num_voco_tokens_per_tile": 1}}
+        with pytest.raises(openai.InternalServerError):
+            create(messages=ask(QUESTION, data_url(photos[0].read_bytes())), **options)
+        reply = create(messages=ask(QUESTION, data_url(photos[1].read_bytes())), **options)
+        assert reply.choices[0].message.content.strip() == answer_per_tile(model, processor, photos[1:], 1)
+
+
+def test_demo(folder, model, processor, tmp_path):
     engine = DemoEngine(model, processor, Limits(max_tokens=6))
     photo = folder / "photos" / "0.png"
     source, _ = engine.open(str(photo), "me", 2)
     *_, last = engine.ask(source, 2, QUESTION)
     assert last.text == answer(model, processor, photo, 2)
+    tiles = count_image_tiles(model.config, (40, 90))
+    apart = engine.compress(source, 2, per_tile=True)
+    assert apart.num_tokens == 2 * tiles > engine.compress(source, 2).num_tokens
+    *_, last = engine.ask(source, 2, QUESTION, per_tile=True)
+    assert last.text == answer_per_tile(model, processor, [photo], 2)
+    saved, _ = engine.open_cache(str(engine.save(source, 2, str(tmp_path), per_tile=True)), "me")
+    assert saved.num_images == tiles and saved.num_voco_tokens == 2 * tiles
     reading, uncompressed = engine.ask_uncompressed(source, QUESTION)
     assert reading.num_tokens == count_vision_tokens(model.config, (40, 90)) and uncompressed.is_done
     engine.warm_up()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from demo.conftest import find_browser
+from demo.conftest import find_browser, free_port, running
+from modeling.helpers import TILED, build_processor, tiny_model
+from modeling.test_large_processing import picture
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -200,6 +202,33 @@ def call(client: httpx2.Client, path: str) -> str:
     data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 2]
     event = client.post("/gradio_api/call/compress", json={"data": data}).json()["event_id"]
     return client.get(f"/gradio_api/call/compress/{event}").text
+
+
+def test_voco_tokens_of_every_tile(browser, address, tmp_path):
+    """Of a model that divides images, which asks whether it is to be so; another has no such box."""
+    page = browser.new_page()
+    page.set_default_timeout(TIMEOUT)
+    expect.set_options(timeout=TIMEOUT)
+    page.goto(address)
+    expect(page.locator("#ask")).to_be_visible()
+    expect(page.locator("#per-tile")).to_have_count(0)
+    processor = build_processor("llava_next")
+    tiny_model(voco_token_id=processor.image_token_id, **TILED["llava_next"]).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    shown = picture(84, 84)
+    shown.save(tmp_path / "large.png")
+    num_tiles = len(processor(images=shown, num_voco_tokens_per_tile=2, return_tensors="pt")["pixel_values"])
+    command = ["-m", "voco_llama_cli", "demo", str(tmp_path), "--max-tokens", "4", "--port", str(free_port())]
+    with running(*command) as (_, url):
+        page.goto(url)
+        drop(page, tmp_path / "large.png")
+        expect(page.locator('#picture [data-voco-tokens="2"]')).to_be_visible()
+        page.check("#per-tile input")
+        expect(page.locator(f'#picture [data-voco-tokens="{2 * num_tiles}"]')).to_be_visible()
+        expect(page.locator("#ledger")).to_contain_text("k = 2 a tile")
+        ask(page, "What is it?")
+        expect(page.locator("#ledger tr.question")).to_have_count(1)
+        page.close()
 
 
 def test_paths_and_addresses_as_arguments_are_refused(client, address):

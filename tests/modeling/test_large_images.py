@@ -137,6 +137,20 @@ def test_an_image_is_the_same_alone_and_among_others(kind, shapes, k, batch_size
         torch.testing.assert_close(entry.values, alone.values, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TILED)
+@pytest.mark.parametrize(("batch_size", "most"), [(1, 10), (25, 20), (50, 50)])
+def test_the_memory_of_compressing_is_bounded_in_tiles(kind, batch_size, most):
+    """However many an image has; one image is compressed at least."""
+    model = copy.deepcopy(MODELS[kind])
+    images = random_images(model, [(84, 84)] * 5)
+    assert images["pixel_values"].shape[:2] == (5, 10)
+    tiles: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda *call: tiles.append(len(call[-1].last_hidden_state)))
+    model.compress(**images, num_voco_tokens=1, batch_size=batch_size, show_progress=False)
+    assert max(tiles) == most and sum(tiles) == 50
+
+
 def random_part(images: dict, chosen: list[int]) -> dict:
     return {name: tensor[chosen] for name, tensor in images.items()}
 

@@ -19,7 +19,8 @@ from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..modeling.configuration_voco_llama import cache_bytes
 from ..modeling.fingerprint_voco_llama import with_images
-from ..pictures import PIXELS
+from ..modeling.tiled_processing_voco_llama import divides_images
+from ..pictures import PIXELS, name_number
 from ..prompts import build_prompt, check_question, starts_with_bos
 from ..serving import ImageCache, Limits
 from ..vision_tokens import count_vision_tokens
@@ -99,6 +100,7 @@ class DemoEngine:
         self.model = model
         self.processor = processor
         self.limits = limits
+        self.divides_images = divides_images(processor.image_processor)
         self.num_frames = min(processor.num_frames, self.limits.max_images)
         self.cost = CostModel(model.config)
         self.num_vision_tokens = self.cost.num_vision_tokens
@@ -115,11 +117,11 @@ class DemoEngine:
         self._worker.submit(self._read_all, inputs, max_new_tokens=1).result()
         pixels = {name: inputs[name] for name in PIXELS if name in inputs}
         cache = self._worker.submit(self.model.compress, **pixels, num_voco_tokens=1).result()
-        self._worker.submit(self._generate, self._inputs(prompt, cache), max_new_tokens=1).result()
+        self._worker.submit(self._generate, self._inputs(prompt, cache, "image"), max_new_tokens=1).result()
 
     # What a visitor does
 
-    def open(self, path: str, owner: str, num_voco_tokens: int) -> tuple[Source, Reading]:
+    def open(self, path: str, owner: str, num_voco_tokens: int, per_tile: bool = False) -> tuple[Source, Reading]:
         """
         Reads and compresses an image or a video.
 
@@ -127,12 +129,13 @@ class DemoEngine:
             path (`str`): File, named like a video or else an image.
             owner (`str`): Who brings it; the memory of compressed images is not shared between owners.
             num_voco_tokens (`int`): VoCo tokens an image.
+            per_tile (`bool`, *optional*, defaults to `False`): Whether they are those of each of its tiles.
 
         Raises:
             ValueError: if it cannot be read within the limits.
         """
         source, pictures = open_picture(path, owner, self.limits, self.num_frames)
-        return source, self._compress(source, num_voco_tokens, pictures)
+        return source, self._compress(source, num_voco_tokens, per_tile, pictures)
 
     def open_cache(self, path: str, owner: str) -> tuple[Source, Reading]:
         """
@@ -149,11 +152,11 @@ class DemoEngine:
             )
         return source, self.compress(source, 0)
 
-    def compress(self, source: Source, num_voco_tokens: int) -> Reading:
+    def compress(self, source: Source, num_voco_tokens: int, per_tile: bool = False) -> Reading:
         """The VoCo tokens of what was opened before: made now, unless they are there."""
-        return self._compress(source, num_voco_tokens)
+        return self._compress(source, num_voco_tokens, per_tile)
 
-    def ask(self, source: Source, num_voco_tokens: int, question: str) -> Iterator[Answer]:
+    def ask(self, source: Source, num_voco_tokens: int, question: str, per_tile: bool = False) -> Iterator[Answer]:
         """
         Answers from the VoCo tokens, as the words come. Without an error the last answer is done.
 
@@ -161,8 +164,8 @@ class DemoEngine:
             ValueError: if the question is empty, too long, or holds tokens of images.
         """
         prompt = self._prompt(source, question)
-        cache, made_now = self._cache(source, num_voco_tokens)
-        inputs = self._inputs(prompt, cache)
+        cache, made_now = self._cache(source, num_voco_tokens, per_tile)
+        inputs = self._inputs(prompt, cache, kind_of(source))
         length = inputs["input_ids"].shape[1]
         num_kept = sum(cache.token_counts)
         flops = self.cost.text_flops(length - num_kept, num_kept) + 2 * self.cost.head_weights
@@ -213,10 +216,11 @@ class DemoEngine:
                 reading = self.compress(source, count)
                 yield count, reading, list(self.ask(source, count, question))[-1]
 
-    def save(self, source: Source, num_voco_tokens: int, folder: str) -> Path:
+    def save(self, source: Source, num_voco_tokens: int, folder: str, per_tile: bool = False) -> Path:
         """Writes the VoCo tokens into a new folder inside `folder`."""
-        cache, _ = self._cache(source, num_voco_tokens)
-        stem = source.name if source.kind == "cache" else f"{Path(source.name).stem}-k{num_voco_tokens}.safetensors"
+        cache, _ = self._cache(source, num_voco_tokens, per_tile)
+        made = f"k{num_voco_tokens}-tiles" if per_tile else f"k{num_voco_tokens}"
+        stem = source.name if source.kind == "cache" else f"{Path(source.name).stem}-{made}.safetensors"
         path = Path(tempfile.mkdtemp(dir=folder)) / stem
         if source.kind != "cache":
             cache = cache[:]  # what is in memory stays as it is
@@ -230,15 +234,18 @@ class DemoEngine:
 
     # How it is done
 
-    def _compress(self, source: Source, num_voco_tokens: int, pictures: list[Any] | None = None) -> Reading:
-        cache, spent = self._cache(source, num_voco_tokens, pictures)
+    def _compress(
+        self, source: Source, num_voco_tokens: int, per_tile: bool, pictures: list[Any] | None = None
+    ) -> Reading:
+        cache, spent = self._cache(source, num_voco_tokens, per_tile, pictures)
         return Reading(sum(cache.token_counts), cache.nbytes, spent)
 
     def _cache(
-        self, source: Source, num_voco_tokens: int, pictures: list[Any] | None = None
+        self, source: Source, num_voco_tokens: int, per_tile: bool, pictures: list[Any] | None = None
     ) -> tuple[VoCoCache, Spent]:
         """From memory, or made now: of a file, or of the pictures."""
-        if (known := self._images.get(source.key, num_voco_tokens)) is not None:
+        per_tile = per_tile and source.kind == "image"  # frames are not divided
+        if (known := self._images.get(source.key, num_voco_tokens, per_tile)) is not None:
             return known, Spent()
         if source.kind == "cache":
             cache = load_cache(source.path, self.model, self.processor, self.limits)
@@ -246,15 +253,18 @@ class DemoEngine:
         else:
             # Read and made small outside of the thread that computes
             shown = self._pictures(source) if pictures is None else pictures
-            pixels = preprocess(self.processor, shown, kind_of(source), self.model.dtype)
+            pixels: dict[str, Any] = preprocess(self.processor, shown, kind_of(source), self.model.dtype)
+            numbers = name_number(num_voco_tokens, per_tile)
             make = lambda: self.model.compress(  # noqa: E731
-                **pixels, num_voco_tokens=num_voco_tokens, show_progress=False, exact=False
+                **pixels, **numbers, show_progress=False, exact=False
             )
-        return self._worker.submit(self._remember, source.key, num_voco_tokens, make).result()
+        return self._worker.submit(self._remember, source.key, num_voco_tokens, make, per_tile).result()
 
-    def _remember(self, key: str, num_voco_tokens: int, make: Callable[[], VoCoCache]) -> tuple[VoCoCache, Spent]:
+    def _remember(
+        self, key: str, num_voco_tokens: int, make: Callable[[], VoCoCache], per_tile: bool
+    ) -> tuple[VoCoCache, Spent]:
         with self._stopwatch.measure() as spent:
-            cache, is_known = self._images.get_or_compress(key, num_voco_tokens, make)
+            cache, is_known = self._images.get_or_compress(key, num_voco_tokens, make, per_tile)
         return cache, Spent() if is_known else spent
 
     def _pictures(self, source: Source) -> list[Any]:
@@ -284,9 +294,10 @@ class DemoEngine:
         add_special_tokens = not starts_with_bos(prompt, self.processor)
         return self.processor(text=prompt, add_special_tokens=add_special_tokens, return_tensors="pt", **images)
 
-    def _inputs(self, prompt: str, cache: VoCoCache) -> dict[str, Any]:
-        """What `generate` takes for compressed images."""
-        inputs = self._tokenize(prompt, voco_cache=cache).to(self.model.device)
+    def _inputs(self, prompt: str, cache: VoCoCache, kind: str) -> dict[str, Any]:
+        """What `generate` takes for a compressed image, of all or each of its tiles, or the frames of a video."""
+        tiles = len(cache) if kind == "image" else None
+        inputs = self._tokenize(prompt, voco_cache=cache, num_tiles=tiles).to(self.model.device)
         return {**inputs, "voco_cache": cache.to(self.model.device)}
 
     def _generate(self, inputs: dict[str, Any], max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, Spent]:

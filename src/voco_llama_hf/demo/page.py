@@ -68,12 +68,12 @@ class Visit:
         self.examples, self.questions = examples, questions
 
     @shown
-    def drop(self, path: str | None, count: int, request: gr.Request) -> tuple:
+    def drop(self, path: str | None, count: int, request: gr.Request, per_tile: bool = False) -> tuple:
         """An image or a video was uploaded, or taken away."""
         if path is None:
             return self.clear()
-        source, reading = self.engine.open(path, str(request.session_hash), count)
-        return self._opened(source, reading, count, self.questions)
+        source, reading = self.engine.open(path, str(request.session_hash), count, per_tile)
+        return self._opened(source, reading, count, per_tile, self.questions)
 
     def clear(self) -> tuple:
         """Nothing is left of a visit."""
@@ -81,11 +81,11 @@ class Visit:
         return None, [], empty, drawing.ledger([]), "", "", "", *chips(self.questions)
 
     @shown
-    def take(self, index: int, count: int, request: gr.Request) -> tuple:
+    def take(self, index: int, count: int, request: gr.Request, per_tile: bool = False) -> tuple:
         """An example was chosen."""
         example = self.examples[index]
-        source, reading = self.engine.open(str(example.path), str(request.session_hash), count)
-        return None, *self._opened(source, reading, count, example.questions)
+        source, reading = self.engine.open(str(example.path), str(request.session_hash), count, per_tile)
+        return None, *self._opened(source, reading, count, per_tile, example.questions)
 
     @shown
     def load(self, path: str | None, request: gr.Request) -> tuple:
@@ -93,10 +93,10 @@ class Visit:
         if path is None:
             return None, *self.clear()
         source, reading = self.engine.open_cache(path, str(request.session_hash))
-        return None, *self._opened(source, reading, 0, self.questions)
+        return None, *self._opened(source, reading, 0, False, self.questions)
 
-    def _opened(self, source: Source, reading: Reading, count: int, questions: Sequence[str]) -> tuple:
-        steps = [self._made(source, reading, count)]
+    def _opened(self, source: Source, reading: Reading, count: int, per_tile: bool, questions: Sequence[str]) -> tuple:
+        steps = [self._made(source, reading, count, per_tile)]
         picture = self._picture(source, reading, count)
         proposed = questions[0] if questions else ""
         return source, steps, picture, drawing.ledger(steps), "", "", proposed, *chips(questions)
@@ -106,31 +106,33 @@ class Visit:
         full_bytes = self.engine.nbytes(num_vision_tokens * source.num_images)
         return drawing.picture(source, reading, num_vision_tokens, full_bytes, count)
 
-    def _made(self, source: Source, reading: Reading, count: int) -> Step:
+    def _made(self, source: Source, reading: Reading, count: int, per_tile: bool) -> Step:
         """The step of compressing. What was there already took no reading."""
-        each = " a frame" if source.kind == "video" else ""
+        each = " a frame" if source.kind == "video" else " a tile" if per_tile else ""
         what = f"load {source.name}" if source.kind == "cache" else f"compress {source.name}, k = {count}{each}"
         num_read = source.num_images * self.engine.cost.num_segment_tokens + reading.num_tokens
         is_new = source.kind != "cache" and reading.spent.total_ms > 0
         return Step(what, "", reading.spent, num_read if is_new else 0, False)
 
     @shown
-    def choose(self, source: Source | None, steps: list[Step], count: int) -> tuple:
-        """Another number of VoCo tokens was chosen."""
+    def choose(self, source: Source | None, steps: list[Step], count: int, per_tile: bool = False) -> tuple:
+        """Another number of VoCo tokens was chosen, or whose it is."""
         if source is None:
             return steps, gr.skip(), gr.skip()
         if source.kind == "cache":
             gr.Info("A loaded file keeps the tokens that it was saved with. Drop a picture to choose.")
             return steps, gr.skip(), gr.skip()
-        reading = self.engine.compress(source, count)
-        steps = [*steps, self._made(source, reading, count)][-MAX_STEPS:]
+        reading = self.engine.compress(source, count, per_tile)
+        steps = [*steps, self._made(source, reading, count, per_tile)][-MAX_STEPS:]
         return steps, self._picture(source, reading, count), drawing.ledger(steps)
 
     @shown
-    def ask(self, source: Source | None, steps: list[Step], count: int, question: str) -> Iterator[tuple]:
+    def ask(
+        self, source: Source | None, steps: list[Step], count: int, question: str, per_tile: bool = False
+    ) -> Iterator[tuple]:
         """A question, answered as the words come."""
         source = present(source)
-        for answer in self.engine.ask(source, kept(source, count), question):
+        for answer in self.engine.ask(source, kept(source, count), question, per_tile):
             box = drawing.answered(question, answer.text, answer.is_done)
             if not answer.is_done:
                 yield steps, box, gr.skip()
@@ -152,10 +154,10 @@ class Visit:
             yield drawing.comparison(rows, source.num_images)
 
     @shown
-    def save(self, source: Source | None, count: int) -> str:
+    def save(self, source: Source | None, count: int, per_tile: bool = False) -> str:
         """A file of what is kept, to be downloaded."""
         source = present(source)
-        return str(self.engine.save(source, kept(source, count), str(self.folder)))
+        return str(self.engine.save(source, kept(source, count), str(self.folder), per_tile))
 
 
 def present(source: Source | None) -> Source:
@@ -200,7 +202,7 @@ def build_page(
         gr.Markdown(about, elem_classes="about")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                upload, count, taken = build_input(engine, examples)
+                upload, count, per_tile, taken = build_input(engine, examples)
             with gr.Column(scale=6, min_width=340):
                 picture = gr.HTML(drawing.nothing_yet(engine.num_vision_tokens), padding=False, elem_id="picture")
         with gr.Tabs():
@@ -214,13 +216,17 @@ def build_page(
                 gr.Markdown(HOW_IT_WORKS.format(vision_tokens=engine.num_vision_tokens), elem_classes="reading")
 
         opened = [source, steps, picture, ledger, answer, comparison, compared, *proposed]
-        upload.upload(visit.drop, [upload, count], opened, api_name="compress", **model)
+        upload.upload(visit.drop, [upload, count, *per_tile], opened, api_name="compress", **model)
         upload.clear(visit.clear, None, opened, api_visibility="private")
         for index, button in enumerate(taken):
-            button.click(visit.take, [gr.State(index), count], [upload, *opened], **private)
-        count.input(visit.choose, [source, steps, count], [steps, picture, ledger], **private)
+            button.click(visit.take, [gr.State(index), count, *per_tile], [upload, *opened], **private)
+        chosen = [each.input for each in (count, *per_tile)]
+        gr.on(chosen, visit.choose, [source, steps, count, *per_tile], [steps, picture, ledger], **private)
 
-        asking: dict[str, Any] = {"inputs": [source, steps, count, question], "outputs": [steps, answer, ledger]}
+        asking: dict[str, Any] = {
+            "inputs": [source, steps, count, question, *per_tile],
+            "outputs": [steps, answer, ledger],
+        }
         gr.on([send.click, question.submit], visit.ask, **asking, api_name="ask", **model)
         for chip in proposed:
             chip.click(str, chip, question, api_visibility="private", queue=False).then(visit.ask, **asking, **private)
@@ -228,15 +234,17 @@ def build_page(
             [start.click, compared.submit], visit.compare, [source, compared], comparison, api_name="compare", **model
         )
         # The file is written when it is asked for, and its download starts by itself
-        save.click(visit.save, [source, count], file, api_name="save", **model).success(
+        save.click(visit.save, [source, count, *per_tile], file, api_name="save", **model).success(
             None, js="() => document.querySelector('#file, #file a').click()"
         )
         load.upload(visit.load, load, [upload, *opened], api_name="load", **model)
     return page
 
 
-def build_input(engine: DemoEngine, examples: Sequence[Example]) -> tuple[gr.File, gr.Radio, list[gr.Button]]:
-    """What is dropped, and into how many tokens it goes."""
+def build_input(
+    engine: DemoEngine, examples: Sequence[Example]
+) -> tuple[gr.File, gr.Radio, list[gr.Checkbox], list[gr.Button]]:
+    """What is dropped, into how many tokens it goes and, of a model that divides images, whether each tile does."""
     limits = engine.limits
     upload = uploads_only(
         gr.File(label="Drop a picture or a short video", file_types=["image", "video"], height=170, elem_id="upload")
@@ -257,7 +265,10 @@ def build_input(engine: DemoEngine, examples: Sequence[Example]) -> tuple[gr.Fil
         info="Fewer tokens are smaller, more tell more. Of a video, for every frame.",
         elem_id="count",
     )
-    return upload, count, taken
+    info = "Of a large picture, which the model reads in tiles: each keeps k tokens of its own."
+    box = {"label": "k for every tile", "info": info, "elem_id": "per-tile"}
+    per_tile = [gr.Checkbox(False, **box)] if engine.divides_images else []
+    return upload, count, per_tile, taken
 
 
 def build_asking(questions: Sequence[str]) -> tuple:

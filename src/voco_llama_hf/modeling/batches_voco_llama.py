@@ -28,7 +28,7 @@ def compress_in_batches(
         pixel_values, image_sizes, counts:
             Images, see [`TiledImages`], and their numbers of VoCo tokens.
         batch_size (`int`):
-            Images at a time.
+            Images at a time; where they are divided, as many tiles, but one image at least.
         show_progress (`bool`):
             Whether to show a progress bar when there is more than one batch.
 
@@ -42,16 +42,22 @@ def compress_in_batches(
             raise ValueError(f"image_sizes has {len(sizes)} sizes, but there are {len(counts)} images")
         # Images of one size have as many tokens, and are compressed together
         order.sort(key=lambda image: sizes[image])
+    if pixel_values.ndim == 5:
+        batch_size = max(1, batch_size // max(1, pixel_values.shape[1]))
+    given = [pixel_values] if image_sizes is None else [pixel_values, image_sizes]
     starts = range(0, len(counts), batch_size)
     parts = []
     for start in logging.tqdm(starts, desc="Compressing images", disable=not show_progress or len(starts) == 1):
         images = order[start : start + batch_size]
-        if image_sizes is None:
-            vision = read(pixel_values[start : start + batch_size])
-        else:
-            vision = read(pixel_values[images], image_sizes[images])
+        vision = read(*(_choose(tensor, images) for tensor in given))
         parts.append(_compress_batch(compress, vision, [counts[image] for image in images]))
     return _in_order(parts, counts, order)
+
+
+def _choose(tensor: torch.Tensor, images: list[int]) -> torch.Tensor:
+    """Some images of a tensor; those that follow each other are not copied."""
+    first, last = images[0], images[-1]
+    return tensor[first : last + 1] if images == list(range(first, last + 1)) else tensor[images]
 
 
 def _compress_batch(

@@ -62,7 +62,8 @@ class VoCoLlamaCompressionMixin:
             num_voco_tokens (`int`, `list[int]` or `torch.LongTensor`, *optional*):
                 VoCo tokens of every image, or of each (not for an iterable); `config.num_voco_tokens` by default.
             batch_size (`int`, *optional*, defaults to 16):
-                Images that are compressed at a time, which bounds the memory.
+                Images that are compressed at a time, which bounds the memory; of images that are divided, as many
+                tiles, but one image at least.
             show_progress (`bool`, *optional*, defaults to `True`):
                 Whether to show a progress bar when there is more than one batch.
             exact (`bool`, *optional*, defaults to `True`):
@@ -177,7 +178,8 @@ class VoCoLlamaCompressionMixin:
             keys, values, hidden_states = voco_cache.keys, voco_cache.values, None
         else:
             # With a gradient all of them stay in memory, however many are compressed at a time
-            batch_size = len(given) if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
+            num_tiles = given.shape[:-3].numel()
+            batch_size = num_tiles if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
             keys, values, hidden_states = compress_images(self, given, counts, batch_size, **vision_options)
         return CompressedImages.place(keys, values, hidden_states, counts, voco_mask, start)
 

@@ -21,7 +21,7 @@ from .images_voco_llama import load_images, warn_if_scaled
 from .layout_voco_llama import per_image_counts
 from .options_voco_llama import ProcessorOptions, VoCoLlamaProcessorKwargs
 from .placeholders_voco_llama import group_cached
-from .tiled_processing_voco_llama import count_voco_tokens, divides_images, process_tiles
+from .tiled_processing_voco_llama import check_divides_images, count_voco_tokens, divides_images, process_tiles
 from .video_voco_llama import load_videos
 
 
@@ -334,8 +334,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
         self, pictures: list[Any], are_frames: list[bool], apart: bool, **kwargs: Any
     ) -> tuple[dict[str, Any], list[int]]:
         """Pixels, and how many images each picture is to the model: one, or with all of its tiles `apart` several."""
-        if apart and not divides_images(self.image_processor):
-            raise ValueError("num_voco_tokens_per_tile needs an image processor that divides images into tiles")
+        if apart:
+            check_divides_images(self.image_processor)
         if not pictures:
             return {}, []
         if kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", False)):

@@ -16,6 +16,15 @@ def divides_images(image_processor: BaseImageProcessor) -> bool:
     return GRID in image_processor.valid_kwargs.__annotations__
 
 
+def check_divides_images(image_processor: BaseImageProcessor) -> None:
+    """
+    Raises:
+        ValueError: if an image processor divides no images.
+    """
+    if not divides_images(image_processor):
+        raise ValueError("num_voco_tokens_per_tile needs an image processor that divides images into tiles")
+
+
 def process_tiles(
     image_processor: BaseImageProcessor, pictures: list[Any], are_frames: list[bool], apart: bool, **kwargs: Any
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
@@ -65,4 +74,4 @@ def count_voco_tokens(
     return [num_voco_tokens_per_tile * count_tiles((height, width), grid, tile_size) for height, width in image_sizes]
 
 
-__all__ = ["count_voco_tokens", "divides_images", "process_tiles"]
+__all__ = ["check_divides_images", "count_voco_tokens", "divides_images", "process_tiles"]

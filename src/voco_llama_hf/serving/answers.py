@@ -25,11 +25,13 @@ class Picture:
         content_hash (`str`): What its compressed form is called.
         known ([`VoCoCache`], *optional*): Its compressed form, if it was in memory.
         pixels (`dict[str, torch.Tensor]`, *optional*): What it is compressed from, if it was not.
+        num_tiles (`int`, *optional*, defaults to 1): Parts of it with VoCo tokens of their own.
     """
 
     content_hash: str
     known: VoCoCache | None = None
     pixels: dict[str, torch.Tensor] | None = None
+    num_tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Job:
     Args:
         input_ids (`list[int]`): Tokens of the prompt, `<voco>` tokens of its pictures among them.
         pictures (`list[Picture]`): Its images, in order.
-        num_voco_tokens (`int`): VoCo tokens of each.
+        num_voco_tokens (`int`): VoCo tokens of each, or of each of their tiles.
+        per_tile (`bool`): Which of both.
         sampling ([`Sampling`]): How its tokens are drawn.
         max_tokens (`int`): Longest answer, in tokens.
         stops (`Sequence[str]`): Texts that end the answer and are not part of it.
@@ -49,6 +52,7 @@ class Job:
     input_ids: list[int]
     pictures: list[Picture]
     num_voco_tokens: int
+    per_tile: bool
     sampling: Sampling
     max_tokens: int
     stops: Sequence[str] = ()

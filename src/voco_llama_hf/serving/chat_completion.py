@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,8 +20,10 @@ from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 
 from ..images import TooLargeError, decode_image
 from ..modeling import VoCoCache
+from ..modeling.tiled_processing_voco_llama import check_divides_images
 from ..pictures import prepare
 from ..prompts import check_num_tokens, check_text_length, render, starts_with_bos
+from ..vision_tokens import count_image_tiles
 from .answers import Answer, Job, Picture
 from .engine import Engine
 from .image_cache import hash_bytes
@@ -36,6 +38,8 @@ T = TypeVar("T")
 MAX_VOCO_TOKENS = 64
 READERS = 1  # threads that tokenize and decode: more take the event loop's turns, and hold hundreds of megabytes each
 CLIENT_GONE = 499
+PER_TILE = "num_voco_tokens_per_tile"
+NUMBERS = ("num_voco_tokens", PER_TILE)
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,26 @@ class Asked:
 
     Args:
         body (`dict`): What it says.
-        input_ids (`list[int]`): Tokens of its prompt.
+        prompt (`str`): Its text.
+        input_ids (`list[int]`): Tokens of its prompt; until its images are read, as if each were one tile.
         urls (`list[str]`): Where its images are, in order.
-        num_voco_tokens (`int`): VoCo tokens of each.
+        num_voco_tokens (`int`): VoCo tokens of each, or of each of their tiles.
+        per_tile (`bool`): Which of both.
     """
 
     body: dict[str, Any]
+    prompt: str
     input_ids: list[int]
     urls: list[str]
     num_voco_tokens: int
+    per_tile: bool
 
 
 class ChatCompletions:
     """
-    Answers `/v1/chat/completions`. A request may choose `num_voco_tokens`, and the usage of its response says how many
-    tokens of the prompt came from images that were compressed before.
+    Answers `/v1/chat/completions`. A request may choose `num_voco_tokens`, or `num_voco_tokens_per_tile` of a model
+    that divides images into tiles, and the usage of its response says how many tokens of the prompt came from images
+    that were compressed before.
 
     Args:
         model_id (`str`): What clients call the model.
@@ -95,11 +104,14 @@ class ChatCompletions:
             else:
                 image = await self.loader.load(url, left)
                 left -= len(image)
-            pictures.append(await self._in_thread(self._picture, image, asked.num_voco_tokens))
+            pictures.append(await self._in_thread(self._picture, image, asked))
+        if asked.per_tile:
+            asked = await self._in_thread(self._with_tiles, asked, pictures)
         job = Job(
             asked.input_ids,
             pictures,
             asked.num_voco_tokens,
+            asked.per_tile,
             Sampling.of_request(asked.body, self.engine.model.generation_config),
             self._max_tokens(asked),
             parse_stops(asked.body),
@@ -129,23 +141,35 @@ class ChatCompletions:
         check_options(body, self.limits)
         if body.get("model") not in (None, self.model_id):
             raise HTTPException(404, f"this server has the model {self.model_id!r}, not {shown(body['model'])}")
-        num_voco_tokens = self._num_voco_tokens(body.get("num_voco_tokens"))
+        num_voco_tokens, per_tile = self._num_voco_tokens(body)
         question = parse_messages(body.get("messages"), self.processor, self.limits, self.window)
         with bad_requests():
             prompt = render(question.messages, self.processor)
             check_text_length(prompt, self.processor, self.window)
             self._check_tokens(prompt, len(question.urls))
-            input_ids = self._tokenize(prompt, len(question.urls), num_voco_tokens)
-            check_num_tokens(len(input_ids), self.window)
-        return Asked(body, input_ids, question.urls, num_voco_tokens)
+            input_ids = self._tokenize(prompt, [1] * len(question.urls), num_voco_tokens)
+        return Asked(body, prompt, input_ids, question.urls, num_voco_tokens, per_tile)
 
-    def _num_voco_tokens(self, asked: object) -> int:
-        if asked is None:
-            return self.processor.num_voco_tokens
+    def _with_tiles(self, asked: Asked, pictures: list[Picture]) -> Asked:
+        """A request whose images are read, so that their tiles are known."""
+        with bad_requests():
+            tiles = [picture.num_tiles for picture in pictures]
+            return replace(asked, input_ids=self._tokenize(asked.prompt, tiles, asked.num_voco_tokens))
+
+    def _num_voco_tokens(self, body: dict[str, Any]) -> tuple[int, bool]:
+        """VoCo tokens of an image, or of each of its tiles, and which of both."""
+        given = [name for name in NUMBERS if body.get(name) is not None]
+        if not given:
+            return self.processor.num_voco_tokens, False
+        if len(given) > 1:
+            raise HTTPException(400, f"a request has {' or '.join(NUMBERS)}, not both")
+        name, asked = given[0], body[given[0]]
         if not is_integer(asked) or not 1 <= asked <= MAX_VOCO_TOKENS:
-            message = f"num_voco_tokens must be an integer from 1 to {MAX_VOCO_TOKENS}, got {shown(asked)}"
-            raise HTTPException(400, message)
-        return asked
+            raise HTTPException(400, f"{name} must be an integer from 1 to {MAX_VOCO_TOKENS}, got {shown(asked)}")
+        if name == PER_TILE:
+            with bad_requests():
+                check_divides_images(self.processor.image_processor)
+        return asked, name == PER_TILE
 
     def _check_tokens(self, prompt: str, num_images: int) -> None:
         """Tokens of images can also be put together from the ends of two texts."""
@@ -157,29 +181,35 @@ class ChatCompletions:
                 "send images as parts of type image_url"
             )
 
-    def _tokenize(self, prompt: str, num_images: int, num_voco_tokens: int) -> list[int]:
+    def _tokenize(self, prompt: str, num_tiles: list[int], num_voco_tokens: int) -> list[int]:
+        """Tokens of a prompt whose images have so many tiles with VoCo tokens of their own."""
         options: dict[str, Any] = {"add_special_tokens": not starts_with_bos(prompt, self.processor)}
-        if num_images:
+        if num_tiles:
             # Stands in for images that are not compressed yet: the processor looks at their numbers alone
-            blank = torch.zeros(num_images * num_voco_tokens, 1, 1, 1)
-            options["voco_cache"] = VoCoCache(blank, blank, [num_voco_tokens] * num_images, {})
-        return self.processor(text=prompt, **options)["input_ids"][0]
+            blank = torch.zeros(sum(num_tiles) * num_voco_tokens, 1, 1, 1)
+            options["voco_cache"] = VoCoCache(blank, blank, [num_voco_tokens] * sum(num_tiles), {})
+            options["num_tiles"] = num_tiles
+        input_ids = self.processor(text=prompt, **options)["input_ids"][0]
+        check_num_tokens(len(input_ids), self.window)
+        return input_ids
 
     def _max_tokens(self, asked: Asked) -> int:
         body = asked.body
         wanted = body.get("max_completion_tokens") or body.get("max_tokens") or self.limits.max_tokens
         return min(wanted, self.window - len(asked.input_ids))
 
-    def _picture(self, content: bytes, num_voco_tokens: int) -> Picture:
+    def _picture(self, content: bytes, asked: Asked) -> Picture:
         """An image that was seen before, or small enough to wait."""
         content_hash = hash_bytes(content)
-        known = self.engine.images.get(content_hash, num_voco_tokens)
+        known = self.engine.images.get(content_hash, asked.num_voco_tokens, asked.per_tile)
         if known is not None:
-            return Picture(content_hash, known)
+            return Picture(content_hash, known, num_tiles=len(known))
         with bad_requests():
             image = decode_image(content, max_pixels=self.limits.max_pixels)
             pixels = prepare(self.processor.image_processor, image)
-        return Picture(content_hash, pixels=pixels)
+        size = image.height, image.width
+        num_tiles = count_image_tiles(self.engine.model.config, size) if asked.per_tile else 1
+        return Picture(content_hash, None, pixels, num_tiles)
 
     # What stands in a stream
 

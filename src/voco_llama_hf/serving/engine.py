@@ -12,6 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..pictures import name_number
 from .answers import Answer, Job
 from .image_cache import ImageCache
 from .sampling import Drawing
@@ -101,18 +102,21 @@ class Engine:
 
     def _compress(self, answer: Answer) -> bool:
         """Brings the images of a request into memory; whether it is to be answered."""
-        count = answer.job.num_voco_tokens
+        job = answer.job
+        count, numbers = job.num_voco_tokens, name_number(job.num_voco_tokens, job.per_tile)
         try:
-            for picture in answer.job.pictures:
+            for picture in job.pictures:
                 if answer.is_done:
                     break
                 cache, is_known = picture.known, True
                 if cache is None:
-                    pixels = picture.pixels or {}
-                    compress = partial(self.model.compress, **pixels, num_voco_tokens=count, exact=False)
-                    cache, is_known = self.images.get_or_compress(picture.content_hash, count, compress)
+                    options: dict[str, Any] = {**(picture.pixels or {}), **numbers, "show_progress": False}
+                    compress = partial(self.model.compress, **options, exact=False)
+                    cache, is_known = self.images.get_or_compress(picture.content_hash, count, compress, job.per_tile)
+                if len(cache) != picture.num_tiles:
+                    raise ValueError(f"the store has {len(cache)} tiles of an image of {picture.num_tiles}")
                 answer.caches.append(cache)
-                answer.cached_tokens += count if is_known else 0
+                answer.cached_tokens += sum(cache.token_counts) if is_known else 0
         except Exception:  # the others of its batch have nothing to do with it
             logger.exception("the images of a request could not be compressed")
             answer.fail()

@@ -11,10 +11,10 @@ from ..modeling import VoCoLlamaProcessor
 from .limits import Limits
 
 
-PARAMETERS = {*CompletionCreateParamsBase.__annotations__, "stream", "num_voco_tokens"}
+PARAMETERS = {*CompletionCreateParamsBase.__annotations__, "stream", "num_voco_tokens", "num_voco_tokens_per_tile"}
 SUPPORTED = {
-    "messages", "model", "stream", "stream_options", "num_voco_tokens", "max_tokens", "max_completion_tokens", "stop",
-    "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "n",
+    "messages", "model", "stream", "stream_options", "num_voco_tokens", "num_voco_tokens_per_tile", "max_tokens",
+    "max_completion_tokens", "stop", "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "n",
 }  # fmt: skip
 # What says who asks, and changes no answer
 IGNORED = {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user"}

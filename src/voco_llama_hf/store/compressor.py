@@ -23,7 +23,6 @@ from ..modeling.cache_voco_llama import digest
 from ..modeling.images_voco_llama import to_rgb
 from ..modeling.processing_voco_llama import check_num_voco_tokens
 from ..pictures import prepare
-from ..videos import is_video
 from .compression import Compression, Sampling
 from .content import Content, hash_pixels
 from .rows import Packed, arrow_schema, to_row, to_table
@@ -259,7 +258,7 @@ class VoCoCompressor:
             return Outcome(item.source, error=str(error) or type(error).__name__), None
 
     def _describe(self, item: Item, value: Any) -> Content:
-        source, sampling = item.source, str(self.sampling) if is_video(item.source) else ""
+        source, sampling = item.source, self.sampling.of(item.source)
         if isinstance(value, Path):
             return replace(Content.of_file(value, sampling), source=source)
         if isinstance(value, bytes):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+TILES = "tiles"  # the sampling of an image of which every tile has VoCo tokens of its own
 # Modes of Pillow whose numbers are other colours than those of an array of the same shape
 OTHER_COLOURS = ("P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa", "La")
 
@@ -29,7 +30,8 @@ class Content:
         content_hash (`str`):
             SHA-256 of its bytes or pixels, in hexadecimal digits.
         sampling (`str`, *optional*, defaults to `""`):
-            How the frames of a video were chosen, as in `"num_frames=8"`; empty for an image.
+            How the frames of a video were chosen, as in `"num_frames=8"`; `"tiles"` for an image of which every tile
+            has VoCo tokens of its own; empty for any other image.
         source (`str`, *optional*, defaults to `""`):
             Where it comes from; what it can be asked for by.
         size (`int`, *optional*, defaults to 0):
@@ -97,4 +99,4 @@ def _as_array(pixels: "Image.Image | np.ndarray | torch.Tensor") -> "np.ndarray"
     return np.ascontiguousarray(pixels)
 
 
-__all__ = ["Content", "hash_file", "hash_pixels"]
+__all__ = ["TILES", "Content", "hash_file", "hash_pixels"]

@@ -73,9 +73,9 @@ class FileReader(Dataset):
     def __getitem__(self, index: int) -> tuple[str, Content | None, dict[str, torch.Tensor] | None, str | None]:
         path = self.files[index]
         try:
+            content = Content.of_file(path, self.sampling.of(path))
             if is_video(path):
-                return path, Content.of_file(path, str(self.sampling)), None, None
-            content = Content.of_file(path)
+                return path, content, None, None
             return path, content, prepare(self.image_processor, open_image(path)), None
         except Exception as error:  # whatever is wrong with a file is wrong with this one alone
             return path, None, None, str(error) or type(error).__name__
@@ -94,9 +94,9 @@ class Indexer:
         processor ([`VoCoLlamaProcessor`]):
             Its processor.
         num_voco_tokens (`int`):
-            VoCo tokens of an image or frame.
+            VoCo tokens of an image, tile or frame.
         sampling ([`Sampling`]):
-            Which frames of videos are taken.
+            Which of them, and which frames of videos are taken.
         eight_bit (`bool`, *optional*):
             Whether a new store keeps keys and values in 8 bits.
         batch_size (`int`, *optional*, defaults to 16):
@@ -148,8 +148,7 @@ class Indexer:
             stat = os.stat(path)
         except OSError:
             return False  # reading it will say why
-        sampling = str(self.sampling) if is_video(path) else ""
-        return store.is_known(path, self.num_voco_tokens, sampling, stat.st_size, stat.st_mtime_ns)
+        return store.is_known(path, self.num_voco_tokens, self.sampling.of(path), stat.st_size, stat.st_mtime_ns)
 
     def run(self, files: Sequence[str]) -> Iterator[Indexed]:
         """Compresses what [`Indexer.select`] returned; yields what became of each file as it is done."""
@@ -184,7 +183,7 @@ class Indexer:
         self._images = []
         for content, cache in zip(contents, self._compression.compress_images(pixels)):
             self._entries.append((content, cache))
-            yield Indexed(content.source, 1, self.num_voco_tokens)
+            yield Indexed(content.source, 1, sum(cache.token_counts))
 
     def _compress_video(self, content: Content) -> Indexed:
         try:

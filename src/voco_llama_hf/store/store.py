@@ -19,7 +19,7 @@ import torch
 from ..files import inside, remove_abandoned
 from ..modeling.cache_voco_llama import VoCoCache, digest
 from ..modeling.fingerprint_voco_llama import check_fingerprint
-from .content import Content
+from .content import TILES, Content
 from .errors import DamagedError
 from .index import DamagedRow, Index, Row
 from .places import INDEX, SHARDS, LocalPlace, Place, RemotePlace, is_url
@@ -44,8 +44,8 @@ class Entry:
     Args:
         content_hash (`str`): SHA-256 of its bytes or pixels.
         num_voco_tokens (`int`): VoCo tokens of an image or frame.
-        sampling (`str`): How the frames of a video were chosen; empty for an image.
-        num_images (`int`): 1 for an image, frames of a video.
+        sampling (`str`): How the frames of a video were chosen; see [`Content`] for an image.
+        num_images (`int`): 1 for an image or its tiles, frames of a video.
         size (`int`): Bytes of the source.
         metadata (`dict`): What was given when it was added.
         added (`str`): When it was compressed, in ISO 8601, UTC.
@@ -63,7 +63,12 @@ class Entry:
 
     @property
     def is_video(self) -> bool:
-        return self.sampling != ""
+        return not self.is_in_tiles and self.sampling != ""
+
+    @property
+    def is_in_tiles(self) -> bool:
+        """Whether it is an image of which every tile has VoCo tokens of its own."""
+        return self.sampling == TILES
 
 
 class VoCoStore:
