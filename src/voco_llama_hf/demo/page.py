@@ -220,7 +220,7 @@ def build_page(
         upload.clear(visit.clear, None, opened, api_visibility="private")
         for index, button in enumerate(taken):
             button.click(visit.take, [gr.State(index), count, *per_tile], [upload, *opened], **private)
-        chosen = [each.input for each in (count, *per_tile)]
+        chosen = [count.input, *(box.input for box in per_tile)]
         gr.on(chosen, visit.choose, [source, steps, count, *per_tile], [steps, picture, ledger], **private)
 
         asking: dict[str, Any] = {
@@ -265,9 +265,10 @@ def build_input(
         info="Fewer tokens are smaller, more tell more. Of a video, for every frame.",
         elem_id="count",
     )
-    info = "Of a large picture, which the model reads in tiles: each keeps k tokens of its own."
-    box = {"label": "k for every tile", "info": info, "elem_id": "per-tile"}
-    per_tile = [gr.Checkbox(False, **box)] if engine.divides_images else []
+    per_tile = []
+    if engine.divides_images:
+        info = "Of a large picture, which the model reads in tiles: each keeps k tokens of its own."
+        per_tile = [gr.Checkbox(label="k for every tile", info=info, elem_id="per-tile")]
     return upload, count, per_tile, taken
 
 
