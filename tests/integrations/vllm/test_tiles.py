@@ -4,17 +4,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from modeling.helpers import TILED, build_processor
 from PIL import Image
-from transformers import MistralConfig
+from transformers import MistralConfig, SiglipVisionConfig
 
 
 pytest.importorskip("vllm.version")  # `vllm` alone is this folder too
 
-from integrations.vllm.engines import answer, running, save_tiny, servable_config
+from integrations.vllm.engines import VOCO, answer, running, save_tiny, servable_config
 
-from voco_llama_hf import VoCoCache
+from voco_llama_hf import VoCoLlamaConfig
 from voco_llama_hf.store import Content, VoCoStore
 
 
@@ -74,9 +73,8 @@ def random_questions(number: int, seed: int = 0) -> list[dict[str, Any]]:
         words = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 20)))) for _ in parts]
         text = "".join("<image>" if is_image else word for is_image, word in zip(parts, words))
         chosen = [images[rng.integers(len(images))] for _ in range(sum(parts))]
-        per_tile = bool(rng.integers(2))
-        numbers = {"num_voco_tokens_per_tile": int(rng.integers(1, 4))} if per_tile else {}
-        questions.append({"text": text, "images": chosen, **(numbers or {"num_voco_tokens": int(rng.integers(1, 20))})})
+        name, limit = [("num_voco_tokens", 20), ("num_voco_tokens_per_tile", 4)][rng.integers(2)]
+        questions.append({"text": text, "images": chosen, name: int(rng.integers(1, limit))})
     return questions
 
 
@@ -158,8 +156,7 @@ def test_compressed_images(checkpoint, tmp_path):
     pixels = {name: own for name, own in processor(images=images, return_tensors="pt").items() if "num" not in name}
     whole = model.compress(**pixels, num_voco_tokens=3)
     tiles = model.compress(**pixels, num_voco_tokens_per_tile=2)
-    numbers = processor(images=images[:1], num_voco_tokens_per_tile=1)["num_voco_tokens"], len(tiles)
-    num_tiles = [len(numbers[0]), numbers[1] - len(numbers[0])]
+    first = len(processor(images=images[0], num_voco_tokens_per_tile=2)["num_voco_tokens"])
     contents = [Content.of_file(path) for path in paths]
     with VoCoStore(store, model.fingerprint()) as made:
         made.add(contents, list(whole))
@@ -169,12 +166,12 @@ def test_compressed_images(checkpoint, tmp_path):
         "multi_modal_uuids": {"image": [content.content_hash for content in contents]},
         "mm_processor_kwargs": {"num_voco_tokens": 3},
     }
-    in_tiles = [VoCoCache.cat(list(tiles[: num_tiles[0]])), tiles[num_tiles[0] :]]
+    in_tiles = [tiles[:first], tiles[first:]]
     expected = [
         reference(model, processor, text, images=images, num_voco_tokens=3),
         reference(model, processor, text, images=images, num_voco_tokens=3),
         reference(model, processor, text, images=images, num_voco_tokens_per_tile=2),
-        reference(model, processor, text, voco_cache=tiles, num_tiles=num_tiles),
+        reference(model, processor, text, voco_cache=tiles, num_tiles=[first, len(tiles) - first]),
     ]
     options = {"additional_config": {"voco_llama": {"store": str(store)}}, **OPTIONS}
     with running(folder, **options) as engine, pytest.MonkeyPatch.context() as patch:
@@ -204,6 +201,23 @@ def test_wrong_numbers(checkpoint):
             reference(model, processor, text, images=[image], num_voco_tokens_per_tile=2),
             reference(model, processor, text, images=[image], num_voco_tokens=3),
         ]
+
+
+def test_memory_is_measured_by_the_image_of_most_tiles(checkpoint):
+    from vllm import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    from voco_llama_hf.integrations.vllm.processing import costliest_size
+
+    config = EngineArgs(model=str(checkpoint[0]), max_model_len=256).create_engine_config().model_config
+    inputs = MULTIMODAL_REGISTRY.create_processor(config).get_dummy_mm_inputs({"image": 1})
+    (image,) = inputs["mm_kwargs"]["image"]
+    assert image["pixel_values"].data.shape == (1, 10, 3, 28, 28) and image["image_sizes"].data.tolist() == [[84, 84]]
+    assert image["num_voco_tokens"].data == inputs["prompt_token_ids"].count(VOCO) == 255
+    # Whose tokens are scaled down behind the vision tower, so that others have more
+    vision = SiglipVisionConfig(image_size=384, patch_size=14)
+    onevision = VoCoLlamaConfig(base_model_type="llava_onevision", vision_config=vision)
+    assert costliest_size(onevision) == (6 * 384, 6 * 384)
 
 
 def test_a_processor_of_another_grid(tmp_path):

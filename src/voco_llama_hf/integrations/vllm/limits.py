@@ -45,6 +45,7 @@ def check_serving(vllm_config: VllmConfig) -> None:
     """
     config = vllm_config.model_config.hf_config
     check_text_config(config.text_config)
+    config.validate_image_grid_pinpoints()  # which --hf-overrides does not
     kind = config.text_config.model_type
     if kind not in TEXT_MODELS:
         raise ValueError(f"VoCo-LLaMA runs in vLLM with text models of {', '.join(TEXT_MODELS)}, not {kind}")

@@ -32,7 +32,7 @@ from vllm.multimodal.processing import (
 from ...images import decode_image
 from ...modeling import VoCoCache, VoCoLlamaProcessor
 from ...modeling.configuration_voco_llama import key_value_shape
-from ...modeling.tiled_processing_voco_llama import divides_images
+from ...modeling.tiled_processing_voco_llama import check_grid
 from ...modeling.tiles_voco_llama import FRAME, read_sizes
 from ...vision_tokens import count_image_tiles, count_vision_tokens, largest_size
 from .limits import check_segment, max_num_voco_tokens
@@ -97,7 +97,7 @@ class VoCoLlamaProcessingInfo(BaseProcessingInfo):
                 f"{processor.voco_token} is token {processor.image_token_id} of the tokenizer, but voco_token_id is "
                 f"{expected}"
             )
-        check_grid(processor, self.get_hf_config().image_grid_pinpoints)
+        check_grid(processor.image_processor, self.get_hf_config().image_grid_pinpoints)
         return processor
 
     def get_data_parser(self) -> MultiModalDataParser:
@@ -266,21 +266,8 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
         return [PromptReplacement(modality="image", target=[token], replacement=tokens_of)]
 
 
-def check_grid(processor: VoCoLlamaProcessor, grid: list[list[int]] | None) -> None:
-    """
-    Raises:
-        ValueError: if images are divided into other tiles than the model expects.
-    """
-    image_processor: Any = processor.image_processor
-    found = image_processor.image_grid_pinpoints if divides_images(image_processor) else None
-    if (found and [list(size) for size in found]) != (grid and [list(size) for size in grid]):
-        raise ValueError(
-            f"the image processor has image_grid_pinpoints {found}, but the model {grid}; it does not belong to the model"
-        )
-
-
 def costliest_size(config: Any) -> tuple[int, int]:
-    """Height and width of the image that takes most memory: of most tiles, all of which a vision tower reads at once."""
+    """Height and width of the image that takes most memory: the vision tower reads all of its tiles at once."""
     if config.image_grid_pinpoints is None:
         return largest_size(config)
     sizes = [(height, width) for height, width in config.image_grid_pinpoints]
