@@ -200,7 +200,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         name, count = self.info.number(hf_kwargs)
         made = [
-            self._stored(image) if isinstance(image, VoCoCache) else self._preprocessed(image, name, count)
+            self._from_cache(image) if isinstance(image, VoCoCache) else self._from_pixels(image, name, count)
             for image in hf_data["images"]
         ]
         fields = ["pixel_values", "stored_rows", OPTION]
@@ -208,7 +208,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
             fields.append(SIZES)
         return BatchFeature({field: [own[field] for own in made] for field in fields})
 
-    def _stored(self, image: VoCoCache) -> dict[str, torch.Tensor]:
+    def _from_cache(self, image: VoCoCache) -> dict[str, torch.Tensor]:
         dtype = self.info.ctx.model_config.dtype
         return {
             "pixel_values": torch.empty(0, dtype=dtype),
@@ -217,7 +217,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
             SIZES: torch.empty(0, 2, dtype=torch.long),
         }
 
-    def _preprocessed(self, image: Any, name: str, count: int) -> dict[str, torch.Tensor]:
+    def _from_pixels(self, image: Any, name: str, count: int) -> dict[str, torch.Tensor]:
         """An image by itself, so that it has its own number of tiles."""
         config, dtype = self.info.get_hf_config(), self.info.ctx.model_config.dtype
         given = {"videos": [[image.picture]]} if isinstance(image, Frame) else {"images": [picture_of(image)]}
