@@ -132,14 +132,14 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         """Rows of each segment. Those of as many tiles are read together, and those of one length compressed."""
         found: dict[int, torch.Tensor] = {}
         for batch in self._batches(segments, counts):
-            own_counts = [counts[n] for n in batch]
+            own_counts, pixels = [counts[n] for n in batch], torch.stack([segments[n] for n in batch])
             (rows,) = compress_in_batches(
                 self.vision.get_vision_features,
                 self._compress,
-                torch.stack([segments[n] for n in batch]),
+                pixels,
                 None if sizes is None else torch.stack([sizes[n] for n in batch]),
                 own_counts,
-                batch_size=len(batch),
+                batch_size=pixels.shape[:-3].numel(),  # all of them, counted in images or in tiles
                 show_progress=False,
             )
             found |= zip(batch, rows.split(own_counts))
