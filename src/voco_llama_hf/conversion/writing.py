@@ -18,7 +18,7 @@ from ..files import new_folder
 from ..modeling.configuration_voco_llama import VoCoLlamaConfig
 from ..modeling.modeling_voco_llama import VoCoLlamaForConditionalGeneration
 from ..modeling.processing_voco_llama import VoCoLlamaProcessor
-from ..modeling.tiled_processing_voco_llama import divides_images
+from ..modeling.tiled_processing_voco_llama import check_grid
 from .checkpoint import EMBEDDING, Checkpoint
 from .loading import quiet, some
 from .source_files import as_value_error
@@ -107,7 +107,7 @@ def build_processor(
         return None
     image_processor = _load_image_processor(checkpoint)
     if image_processor is not None:
-        _check_grid(checkpoint, image_processor)
+        check_grid(image_processor, checkpoint.llava_arguments.get("image_grid_pinpoints"))
     else:
         checkpoint.warnings.append(
             f"no image processor in {' or '.join(map(str, checkpoint.image_processor_sources))}: "
@@ -121,17 +121,6 @@ def build_processor(
         # Templates by name are taken too, which the annotation leaves out
         chat_template=cast(str | None, chat_template(checkpoint, tokenizer)),
     )
-
-
-def _check_grid(checkpoint: Checkpoint, image_processor: BaseImageProcessor) -> None:
-    """Raises unless images are divided into the tiles that the model expects."""
-    grid = checkpoint.llava_arguments.get("image_grid_pinpoints")
-    found = image_processor.image_grid_pinpoints if divides_images(image_processor) else None  # type: ignore[attr-defined]
-    if (grid and [list(size) for size in grid]) != (found and [list(size) for size in found]):
-        raise ValueError(
-            f"the image processor has image_grid_pinpoints {found}, but the model {grid}; it does not "
-            "belong to the model"
-        )
 
 
 def _load_image_processor(checkpoint: Checkpoint) -> BaseImageProcessor | None:

@@ -64,6 +64,22 @@ def process_tiles(
     return {"pixel_values": tiles, "image_sizes": sizes}, [1] * len(pictures)
 
 
+def check_grid(image_processor: BaseImageProcessor, grid: list[list[int]] | None) -> None:
+    """
+    Args:
+        grid (`list[list[int]]`, *optional*): `image_grid_pinpoints` of the model, if it has any.
+
+    Raises:
+        ValueError: if images are not divided into the tiles that the model expects.
+    """
+    found = image_processor.image_grid_pinpoints if divides_images(image_processor) else None  # type: ignore[attr-defined]
+    if (grid and [list(size) for size in grid]) != (found and [list(size) for size in found]):
+        raise ValueError(
+            f"the image processor has image_grid_pinpoints {found}, but the model {grid}; it does not "
+            "belong to the model"
+        )
+
+
 def count_voco_tokens(
     image_processor: BaseImageProcessor, image_sizes: list[list[int]], num_voco_tokens_per_tile: int
 ) -> list[int]:
@@ -74,4 +90,4 @@ def count_voco_tokens(
     return [num_voco_tokens_per_tile * count_tiles((height, width), grid, tile_size) for height, width in image_sizes]
 
 
-__all__ = ["check_divides_images", "count_voco_tokens", "divides_images", "process_tiles"]
+__all__ = ["check_divides_images", "check_grid", "count_voco_tokens", "divides_images", "process_tiles"]

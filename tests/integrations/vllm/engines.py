@@ -54,10 +54,7 @@ def save_tiny(folder: Path, config: VoCoLlamaConfig, **options: Any) -> VoCoLlam
     """A random model with its processor, as a checkpoint."""
     model = tiny_model(config=config)
     model.save_pretrained(folder, **options)
-    processor = build_processor()
-    size = config.vision_config.image_size
-    processor.image_processor.size = {"height": size, "width": size}
-    processor.save_pretrained(folder)
+    build_processor(config.base_model_type).save_pretrained(folder)
     return model
 
 

@@ -36,9 +36,9 @@ def test_an_image_is_compressed_once(checkpoint, monkeypatch):
     compressed: list[int] = []
     compress = VoCoLlamaForConditionalGeneration._compress
 
-    def counting(self, pixel_values, num_voco_tokens):
-        compressed.append(len(pixel_values))
-        return compress(self, pixel_values, num_voco_tokens)
+    def counting(self, vision, counts):
+        compressed.append(len(vision))
+        return compress(self, vision, counts)
 
     folder, model = checkpoint
     processor, (image, other) = build_processor(), random_images(2)

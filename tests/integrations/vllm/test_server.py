@@ -176,6 +176,7 @@ def test_wrong_requests(client, embedded, archive):
         ([first, "What?"], {"mm_processor_kwargs": {"num_voco_tokens": 10_000}}),
         ([first, "What?"], {"mm_processor_kwargs": {"num_voco_tokens": [2]}}),
         ([first, "What?"], {"mm_processor_kwargs": {"do_resize": False}}),
+        ([first, "What?"], {"mm_processor_kwargs": {"num_voco_tokens_per_tile": 1}}),
     ):
         with pytest.raises(openai.BadRequestError):
             ask(client, *parts, **extra)

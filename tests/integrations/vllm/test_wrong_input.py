@@ -120,7 +120,8 @@ def test_wrong_prompts(engine, embedded, store):
         (asked(num_voco_tokens=512), "from 1 to 511"),
         (asked(num_voco_tokens=[2]), "one number"),
         (asked(num_voco_tokens=True), "one number"),
-        (asked(size={"height": 32, "width": 32}), "only num_voco_tokens"),
+        (asked(size={"height": 32, "width": 32}), "only num_voco_tokens and num_voco_tokens_per_tile are"),
+        (asked(num_voco_tokens_per_tile=1), "num_voco_tokens_per_tile needs a model that divides images"),
         ({"prompt": QUESTION, "multi_modal_data": {"image": alien}}, "made by another model"),
         ({"prompt": QUESTION, "multi_modal_data": {"image": torch.rand(64, 64)}}, "height, width, 3"),
         ({"prompt": QUESTION, "multi_modal_data": {"image": [None]}, "multi_modal_uuids": {"image": ["0" * 64]}}, ""),
@@ -143,7 +144,7 @@ def test_wrong_prompts(engine, embedded, store):
         ({"enable_lora": True}, "LoRA"),
         ({"enable_prompt_embeds": True}, "prompt-embeds"),
         ({"enable_dbo": True, "ubatch_size": 2}, "divide the tokens"),
-        ({"hf_overrides": {"image_grid_pinpoints": [[64, 128]]}}, "divide"),
+        ({"hf_overrides": {"image_grid_pinpoints": [[64, 128]]}}, "divides no images"),
         ({"additional_config": {"voco_llama": {"stores": "photos"}}}, "stores"),
     ],
 )

@@ -6,7 +6,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from ...modeling.cache_voco_llama import MAX_VOCO_TOKENS
-from ...modeling.configuration_voco_llama import check_text_config, key_value_shape
+from ...modeling.configuration_voco_llama import VoCoLlamaConfig, check_text_config, key_value_shape
+from ...vision_tokens import count_tile_tokens, count_vision_tokens
 
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def check_serving(vllm_config: VllmConfig) -> None:
     """
     config = vllm_config.model_config.hf_config
     check_text_config(config.text_config)
-    # Of models whose vision side divides images into tiles
-    if config.image_grid_pinpoints is not None:
-        raise ValueError("VoCo-LLaMA runs in vLLM with images of one size, but this model divides them into tiles")
+    config.validate_image_grid_pinpoints()  # which --hf-overrides does not
     kind = config.text_config.model_type
     if kind not in TEXT_MODELS:
         raise ValueError(f"VoCo-LLaMA runs in vLLM with text models of {', '.join(TEXT_MODELS)}, not {kind}")
@@ -67,12 +66,53 @@ def check_serving(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.model_config.enable_prompt_embeds:
         raise ValueError("VoCo-LLaMA cannot run with --enable-prompt-embeds, in which an image would not be seen")
+    check_segment(config, count_vision_tokens(config), 1, "the largest image of this model")
     read_options(vllm_config)
 
 
+def check_segment(config: VoCoLlamaConfig, num_vision_tokens: int, num_voco_tokens: int, what: str) -> None:
+    """
+    Raises:
+        ValueError: if an image has no room in front of its VoCo tokens. vLLM has a table of rotations, and would read
+            what lies behind its end.
+    """
+    room = num_positions(config) - num_fixed_tokens(config) - num_voco_tokens
+    if num_vision_tokens > room:
+        raise ValueError(
+            f"{what} has {num_vision_tokens} vision tokens, but there is room for {room}: the text model has "
+            f"{num_positions(config)} positions, for {num_voco_tokens} VoCo tokens as well"
+        )
+
+
+def num_positions(config: VoCoLlamaConfig) -> int:
+    """Length of vLLM's table of rotations."""
+    text_config: Any = config.text_config  # of whatever class the text model has
+    rope = text_config.rope_parameters
+    if rope["rope_type"] == "yarn":
+        return int(rope["original_max_position_embeddings"] * rope["factor"])
+    if rope["rope_type"] == "linear":
+        return int(text_config.max_position_embeddings * rope["factor"])
+    return text_config.max_position_embeddings
+
+
+def num_fixed_tokens(config: VoCoLlamaConfig) -> int:
+    """Tokens of the segment of every image, beside those of the image."""
+    ids: Any = config.vision_prefix_token_ids, config.vision_suffix_token_ids  # lists, once there is a configuration
+    return sum(map(len, ids))
+
+
+def max_segment_length(config: VoCoLlamaConfig, num_tiles: int, num_voco_tokens: int) -> int:
+    """Tokens that a segment cannot exceed, with a newline behind each row of patches of each tile."""
+    vision: Any = config.vision_config
+    per_tile = count_tile_tokens(config) + vision.image_size // vision.patch_size
+    return num_tiles * per_tile + num_fixed_tokens(config) + num_voco_tokens
+
+
 def max_num_voco_tokens(model_config: "ModelConfig") -> int:
-    """VoCo tokens that an image may have."""
-    return min(MAX_VOCO_TOKENS, model_config.max_model_len - 1)
+    """VoCo tokens that an image may have, all of its tiles together."""
+    config = model_config.hf_config
+    room = num_positions(config) - num_fixed_tokens(config) - count_vision_tokens(config)
+    return min(MAX_VOCO_TOKENS, model_config.max_model_len - 1, room)
 
 
 def row_bytes(vllm_config: VllmConfig) -> int:

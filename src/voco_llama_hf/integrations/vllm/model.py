@@ -1,6 +1,7 @@
 """The model that vLLM runs: transformers' vision tower, vLLM's text model, and what is between them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,20 +19,26 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from ...modeling.batches_voco_llama import compress_in_batches
 from ...modeling.configuration_voco_llama import VoCoLlamaConfig, key_value_shape
-from ...modeling.modeling_voco_llama import VoCoLlamaModel
+from ...modeling.modeling_voco_llama import MODELS
 from .injection import Recorder, Rows, inject
-from .limits import num_rows
+from .limits import max_segment_length, num_rows
 from .processing import VoCoLlamaDummyInputsBuilder, VoCoLlamaMultiModalProcessor, VoCoLlamaProcessingInfo
 
 
-class VisionSide(VoCoLlamaModel):
-    """Vision tower and projector of the model, as transformers has them, without a text model."""
+class VisionParts(LlavaModel):
+    """[`~transformers.LlavaModel`] without its text model."""
 
     def __init__(self, config: VoCoLlamaConfig):
         super(LlavaModel, self).__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
+
+
+def build_vision_side(config: VoCoLlamaConfig) -> Any:
+    """The model of transformers that reads images, of whatever class the configuration names, without a text model."""
+    return type("VisionSide", (MODELS[config.base_model_type], VisionParts), {})(config)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -54,8 +61,10 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
             "model.language_model.": "language_model.model.",
             "model.vision_tower.": "vision.vision_tower.",
             "model.multi_modal_projector.": "vision.multi_modal_projector.",
+            "model.image_newline": "vision.image_newline",
             "vision_tower.": "vision.vision_tower.",
             "multi_modal_projector.": "vision.multi_modal_projector.",
+            "image_newline": "vision.image_newline",
             "lm_head.": "language_model.lm_head.",
         }
     )
@@ -68,7 +77,7 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         text_config = self.config.text_config
-        self.vision = VisionSide(self.config).to(vllm_config.model_config.dtype).eval()
+        self.vision = build_vision_side(self.config).to(vllm_config.model_config.dtype).eval()
         self.language_model = init_vllm_registered_model(
             vllm_config=vllm_config, hf_config=text_config, prefix=maybe_prefix(prefix, "language_model")
         )
@@ -85,15 +94,20 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         pixel_values: torch.Tensor | list[torch.Tensor],
         stored_rows: torch.Tensor | list[torch.Tensor],
         num_voco_tokens: torch.Tensor,
+        image_sizes: torch.Tensor | list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """
         Args:
             pixel_values (`torch.Tensor` or `list[torch.Tensor]`):
-                An image each, `(3, height, width)`; nothing for one that is stored.
+                Segments of each image, one unless its tiles are compressed apart: `(num_segments, 3, height, width)`,
+                or `(num_segments, num_tiles, 3, height, width)`; nothing for an image that is stored.
             stored_rows (`torch.Tensor` or `list[torch.Tensor]`):
                 Rows of images that are compressed already, with the heads of all ranks; nothing for others.
             num_voco_tokens (`torch.LongTensor`):
-                VoCo tokens of each image.
+                VoCo tokens of each image, which its segments share evenly.
+            image_sizes (`torch.Tensor` or `list[torch.Tensor]`, *optional*):
+                Of a model that divides images into tiles, sizes `(num_segments, 2)` of each image, see
+                [`TiledImages`].
 
         Returns:
             `list[torch.Tensor]`: rows of each image.
@@ -101,31 +115,57 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         counts: list[int] = num_voco_tokens.flatten().tolist()
         found = {i: self._own_heads(rows) for i, rows in enumerate(stored_rows) if rows.numel()}
         new = [i for i in range(len(counts)) if i not in found]
-        segment = self._segment_length(max(counts))
-        batch_size = max(1, self.max_batch_tokens // segment)
-        for start in range(0, len(new), batch_size):
-            batch = new[start : start + batch_size]
-            rows = self._compress([pixel_values[i] for i in batch], max(counts[i] for i in batch))
-            found |= {i: own[: counts[i]].clone() for i, own in zip(batch, rows)}
+        owners = [i for i in new for _ in pixel_values[i]]
+        segments = [segment for i in new for segment in pixel_values[i]]
+        sizes = None if image_sizes is None else [size for i in new for size in image_sizes[i]]
+        shares = [counts[i] // len(pixel_values[i]) for i in owners]
+        parts: dict[int, list[torch.Tensor]] = {i: [] for i in new}
+        for i, rows in zip(owners, self._compress_segments(segments, sizes, shares)):
+            parts[i].append(rows)
+        # Copied, so that what one image keeps are its own rows alone
+        found |= {i: torch.cat(own) for i, own in parts.items()}
         return [found[i] for i in range(len(counts))]
 
-    def _segment_length(self, num_voco_tokens: int) -> int:
-        vision = self.config.vision_config
-        others = [*self.config.vision_prefix_token_ids, *self.config.vision_suffix_token_ids]
-        # With the class token, which not every tower has
-        return (vision.image_size // vision.patch_size) ** 2 + 1 + len(others) + num_voco_tokens
+    def _compress_segments(
+        self, segments: list[torch.Tensor], sizes: list[torch.Tensor] | None, counts: list[int]
+    ) -> list[torch.Tensor]:
+        """Rows of each segment. Those of as many tiles are read together, and those of one length compressed."""
+        found: dict[int, torch.Tensor] = {}
+        for batch in self._batches(segments, counts):
+            own_counts, pixels = [counts[n] for n in batch], torch.stack([segments[n] for n in batch])
+            (rows,) = compress_in_batches(
+                self.vision.get_vision_features,
+                self._compress,
+                pixels,
+                None if sizes is None else torch.stack([sizes[n] for n in batch]),
+                own_counts,
+                batch_size=pixels.shape[:-3].numel(),  # all of them, counted in images or in tiles
+                show_progress=False,
+            )
+            found |= zip(batch, rows.split(own_counts))
+        return [found[n] for n in range(len(segments))]
 
-    def _compress(self, pixel_values: Sequence[torch.Tensor], num_voco_tokens: int) -> torch.Tensor:
-        """Rows `(num_images, num_voco_tokens, width)`; of fewer they are the first, as attention is causal."""
-        config, model, number = self.config, self.language_model.model, len(pixel_values)
-        vision = self.vision.get_vision_features(torch.stack(list(pixel_values)))
+    def _batches(self, segments: list[torch.Tensor], counts: list[int]) -> Iterator[list[int]]:
+        """Segments of as many tiles each, and together of as many tokens as a step has, unless one alone has more."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for n, segment in enumerate(segments):
+            by_shape.setdefault(segment.shape, []).append(n)
+        for shape, alike in by_shape.items():
+            num_tiles = shape[0] if len(shape) == 4 else 1
+            length = max_segment_length(self.config, num_tiles, max(counts[n] for n in alike))
+            size = max(1, self.max_batch_tokens // length)
+            yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+    def _compress(self, vision: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """Rows `(sum(counts), width)`; of segments that get fewer they are the first, as attention is causal."""
+        config, model, number, length = self.config, self.language_model.model, len(vision), max(counts)
         prefix, suffix, voco = (
             self._embed(ids).expand(number, -1, -1)
             for ids in (config.vision_prefix_token_ids, config.vision_suffix_token_ids, [config.voco_token_id])
         )
-        segments = torch.cat([prefix, vision.to(prefix), suffix, voco.expand(-1, num_voco_tokens, -1)], dim=1)
+        segments = torch.cat([prefix, vision.to(prefix), suffix, voco.expand(-1, length, -1)], dim=1)
         positions = torch.arange(segments.shape[1], device=segments.device).repeat(number)
-        self.rows.recorder = recorder = Recorder(number, num_voco_tokens)
+        self.rows.recorder = recorder = Recorder(number, length)
         try:
             hidden_states, residual = segments.flatten(0, 1), None
             for layer in model.layers:
@@ -134,7 +174,7 @@ class VoCoLlamaForConditionalGeneration(nn.Module, SupportsMultiModal):
         finally:
             self.rows.recorder = None
         recorder.record(hidden_states)
-        return recorder.rows()
+        return [torch.cat([rows[:count] for rows, count in zip(recorder.rows(), counts)])]
 
     def _embed(self, token_ids: list[int]) -> torch.Tensor:
         ids = torch.tensor(token_ids, dtype=torch.long, device=self.rows.places.device)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,15 +32,28 @@ from vllm.multimodal.processing import (
 from ...images import decode_image
 from ...modeling import VoCoCache, VoCoLlamaProcessor
 from ...modeling.configuration_voco_llama import key_value_shape
-from .limits import max_num_voco_tokens
+from ...modeling.tiled_processing_voco_llama import check_grid
+from ...modeling.tiles_voco_llama import FRAME, read_sizes
+from ...vision_tokens import count_image_tiles, count_vision_tokens, largest_size
+from .limits import check_segment, max_num_voco_tokens
 from .stored_images import ServedModel, StoreReader
 
 
 OPTION = "num_voco_tokens"
+PER_TILE = "num_voco_tokens_per_tile"
+OPTIONS = (OPTION, PER_TILE)
+SIZES = "image_sizes"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video, which is not divided into tiles."""
+
+    picture: Any  # an array or a tensor
 
 
 class ImageItems(ProcessorBatchItems[Any]):
-    """Images of a request: pixels in any form, a [`VoCoCache`] of one image, or nothing but an identifier."""
+    """Images of a request: pixels in any form, a [`Frame`], a [`VoCoCache`] of one image, or only an identifier."""
 
     def __init__(self, data: Sequence[Any]):
         super().__init__(data, "image")
@@ -51,7 +64,9 @@ class ImageItems(ProcessorBatchItems[Any]):
 
     def get_item_for_hash(self, index: int) -> object:
         item = self.data[index]
-        return ("voco_cache", item.keys, item.values) if isinstance(item, VoCoCache) else item
+        if isinstance(item, VoCoCache):
+            return "voco_cache", item.keys, item.values
+        return ("frame", item.picture) if isinstance(item, Frame) else item
 
 
 class VoCoLlamaDataParser(MultiModalDataParser):
@@ -82,6 +97,7 @@ class VoCoLlamaProcessingInfo(BaseProcessingInfo):
                 f"{processor.voco_token} is token {processor.image_token_id} of the tokenizer, but voco_token_id is "
                 f"{expected}"
             )
+        check_grid(processor.image_processor, self.get_hf_config().image_grid_pinpoints)
         return processor
 
     def get_data_parser(self) -> MultiModalDataParser:
@@ -95,29 +111,37 @@ class VoCoLlamaProcessingInfo(BaseProcessingInfo):
         super().validate_num_items("image" if modality == "video" else modality, num_items)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": max_num_voco_tokens(self.ctx.model_config)}
+        return {"image": self.max_num_voco_tokens}
 
     @cached_property
     def served_model(self) -> ServedModel:
         return ServedModel(self.ctx.model_config)
 
-    def num_voco_tokens(self, options: Mapping[str, object]) -> int:
+    @cached_property
+    def max_num_voco_tokens(self) -> int:
+        return max_num_voco_tokens(self.ctx.model_config)
+
+    def number(self, options: Mapping[str, object]) -> tuple[str, int]:
         """
-        VoCo tokens of the images of a request.
+        VoCo tokens of the images of a request, or of their tiles, behind the name of the option that says which.
 
         Raises:
-            ValueError: if there are other options than this one, or it is no number in range.
+            ValueError: if there are other options than these two, or both, or it is no number in range.
         """
         merged = self.ctx.get_mm_config().merge_mm_processor_kwargs(options)
-        if unknown := sorted(set(merged) - {OPTION}):
-            raise ValueError(f"mm_processor_kwargs has {', '.join(unknown)}: only {OPTION} is taken")
-        count = merged.get(OPTION)
-        if count is None:
-            count = self.get_hf_processor().num_voco_tokens
-        limit = max_num_voco_tokens(self.ctx.model_config)
+        if unknown := sorted(set(merged) - set(OPTIONS)):
+            raise ValueError(f"mm_processor_kwargs has {', '.join(unknown)}: only {' and '.join(OPTIONS)} are taken")
+        # A request that says one of them does not mean the other, which the server may have been started with
+        given = named(options) or named(merged) or {OPTION: self.get_hf_processor().num_voco_tokens}
+        if len(given) > 1:
+            raise ValueError(f"pass {OPTION} of an image, or {PER_TILE}, not both")
+        ((name, count),) = given.items()
+        if name == PER_TILE and self.get_hf_config().image_grid_pinpoints is None:
+            raise ValueError(f"{PER_TILE} needs a model that divides images into tiles")
+        limit = self.max_num_voco_tokens
         if type(count) is not int or not 1 <= count <= limit:
-            raise ValueError(f"{OPTION} must be one number from 1 to {limit} for all images, got {count!r:.80}")
-        return count
+            raise ValueError(f"{name} must be one number from 1 to {limit} for all images, got {count!r:.80}")
+        return name, count
 
 
 class VoCoLlamaDummyInputsBuilder(BaseDummyInputsBuilder[VoCoLlamaProcessingInfo]):
@@ -129,9 +153,9 @@ class VoCoLlamaDummyInputsBuilder(BaseDummyInputsBuilder[VoCoLlamaProcessingInfo
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, MultiModalDummyOptions]
     ) -> MultiModalDataDict:
-        size = self.info.get_hf_config().vision_config.image_size
+        height, width = costliest_size(self.info.get_hf_config())
         number = mm_counts.get("image", 0)
-        return {"image": self._get_dummy_images(width=size, height=size, num_images=number)}
+        return {"image": self._get_dummy_images(width=width, height=height, num_images=number)}
 
 
 class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingInfo]):
@@ -141,7 +165,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         inputs = super().get_dummy_inputs(*args, **kwargs)
-        inputs.hf_processor_mm_kwargs = {OPTION: max_num_voco_tokens(self.info.ctx.model_config)}
+        inputs.hf_processor_mm_kwargs = {OPTION: self.info.max_num_voco_tokens}
         return inputs
 
     def read_from(self, store: StoreReader) -> None:
@@ -149,10 +173,11 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
         self._store = store
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        count = self.info.num_voco_tokens(inputs.hf_processor_mm_kwargs)
+        name, count = self.info.number(inputs.hf_processor_mm_kwargs)
         if "image" in inputs.mm_data_items:
             at_end = bool(inputs.prompt) and inputs.prompt[-1] == self.info.get_hf_config().voco_token_id
-            if self._store is not None:
+            # A store knows images as a whole by the hashes of their files
+            if self._store is not None and name == OPTION:
                 inputs = self._with_stored(inputs, self._store, count, at_end)
             check_stored(list(inputs.mm_data_items["image"].get_all()), inputs.hf_processor_mm_kwargs, at_end)
         return super().apply(inputs, timing_ctx)
@@ -173,29 +198,47 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
         return replace(inputs, mm_data_items=data, mm_uuid_items=uuids)
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        count = self.info.num_voco_tokens(hf_kwargs)
-        images = hf_data["images"]
-        pictures = [image for image in images if not isinstance(image, VoCoCache)]
-        dtype = self.info.ctx.model_config.dtype
-        pixels = iter(self._pixel_values(pictures).to(dtype)) if pictures else iter(())
-        layers, heads, head_dim = key_value_shape(self.info.get_hf_config().text_config)
-        no_rows, no_pixels = torch.empty(0, 2 * layers * heads * head_dim, dtype=dtype), torch.empty(0, dtype=dtype)
-        is_stored = [isinstance(image, VoCoCache) for image in images]
-        rows = [
-            self.info.served_model.rows(image).to(dtype) if stored else no_rows
-            for image, stored in zip(images, is_stored)
+        name, count = self.info.number(hf_kwargs)
+        made = [
+            self._from_cache(image) if isinstance(image, VoCoCache) else self._from_pixels(image, name, count)
+            for image in hf_data["images"]
         ]
-        return BatchFeature(
-            {
-                "pixel_values": [no_pixels if stored else next(pixels) for stored in is_stored],
-                "stored_rows": rows,
-                OPTION: torch.tensor([len(own) if stored else count for own, stored in zip(rows, is_stored)]),
-            }
-        )
+        fields = ["pixel_values", "stored_rows", OPTION]
+        if self.info.get_hf_config().image_grid_pinpoints is not None:
+            fields.append(SIZES)
+        return BatchFeature({field: [own[field] for own in made] for field in fields})
 
-    def _pixel_values(self, pictures: list[Any]) -> torch.Tensor:
-        processor = self.info.get_hf_processor()
-        return torch.cat(list(processor.iter_pixel_values(map(picture_of, pictures))))
+    def _from_cache(self, image: VoCoCache) -> dict[str, torch.Tensor]:
+        dtype = self.info.ctx.model_config.dtype
+        return {
+            "pixel_values": torch.empty(0, dtype=dtype),
+            "stored_rows": self.info.served_model.rows(image).to(dtype),
+            OPTION: torch.tensor(sum(image.token_counts)),
+            SIZES: torch.empty(0, 2, dtype=torch.long),
+        }
+
+    def _from_pixels(self, image: Any, name: str, count: int) -> dict[str, torch.Tensor]:
+        """An image by itself, so that it has its own number of tiles."""
+        config, dtype = self.info.get_hf_config(), self.info.ctx.model_config.dtype
+        given = {"videos": [[image.picture]]} if isinstance(image, Frame) else {"images": [picture_of(image)]}
+        made = self.info.get_hf_processor()(**given, **{name: count}, return_tensors="pt")
+        number, sizes = int(made[OPTION].sum()), made.get(SIZES, torch.tensor([FRAME]))
+        if number > self.info.max_num_voco_tokens:
+            raise ValueError(
+                f"{name}={count} makes {number} VoCo tokens of an image of {len(sizes)} tiles: it can have "
+                f"{self.info.max_num_voco_tokens}"
+            )
+        if name == OPTION and SIZES in made:
+            ((height, width),) = read_sizes(sizes)
+            vision_tokens = count_vision_tokens(config, (height, width))
+            check_segment(config, vision_tokens, number, f"an image of {width}x{height}")
+        layers, heads, head_dim = key_value_shape(config.text_config)
+        return {
+            "pixel_values": made["pixel_values"].to(dtype),
+            "stored_rows": torch.empty(0, 2 * layers * heads * head_dim, dtype=dtype),
+            OPTION: torch.tensor(number),
+            SIZES: sizes,
+        }
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -204,6 +247,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
             "pixel_values": MultiModalFieldConfig.batched("image"),
             "stored_rows": MultiModalFieldConfig.batched("image"),
             OPTION: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            SIZES: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
             # What a client sends, which the renderer turns into caches
             "image_embeds": MultiModalFieldConfig.batched("image"),
         }
@@ -220,6 +264,19 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
             return [token] * int(out_mm_kwargs["image"][index][OPTION].data)
 
         return [PromptReplacement(modality="image", target=[token], replacement=tokens_of)]
+
+
+def costliest_size(config: Any) -> tuple[int, int]:
+    """Height and width of the image that takes most memory: the vision tower reads all of its tiles at once."""
+    if config.image_grid_pinpoints is None:
+        return largest_size(config)
+    sizes = [(height, width) for height, width in config.image_grid_pinpoints]
+    return max(sizes, key=lambda size: (count_image_tiles(config, size), count_vision_tokens(config, size)))
+
+
+def named(options: Mapping[str, object]) -> dict[str, object]:
+    """Those of our options that say something."""
+    return {name: options[name] for name in OPTIONS if options.get(name) is not None}
 
 
 def hash_of(image: Any) -> str | None:
@@ -239,10 +296,10 @@ def check_stored(images: list[Any], options: Mapping[str, object], at_end: bool)
     Raises:
         ValueError: if compressed images have another k than a request asks for, or one ends the prompt.
     """
-    asked = options.get(OPTION)
-    for image in images:
-        if isinstance(image, VoCoCache) and asked not in (None, image.num_voco_tokens):
-            raise ValueError(f"{OPTION}={asked} was asked of an image that has {image.num_voco_tokens} VoCo tokens")
+    for name, asked in named(options).items():
+        for image in images:
+            if isinstance(image, VoCoCache) and asked != image.num_voco_tokens:
+                raise ValueError(f"{name}={asked} was asked of an image that has {image.num_voco_tokens} VoCo tokens")
     if at_end and isinstance(images[-1], VoCoCache):
         raise ValueError(
             "a prompt cannot end with a compressed image, whose last hidden state is not stored: write text behind it"

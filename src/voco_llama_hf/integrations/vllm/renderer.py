@@ -15,6 +15,7 @@ from vllm.utils.async_utils import make_async
 
 from ...modeling import VoCoCache, VoCoLlamaProcessor
 from .limits import read_options
+from .processing import Frame
 from .stored_images import StoreReader, read_sent
 
 
@@ -27,10 +28,12 @@ class VoCoLlamaRenderer(HfRenderer):
     def __init__(self, config: VllmConfig, tokenizer: Any):
         super().__init__(config, tokenizer)
         self._expand_async = make_async(self._expand)
+        processor: Any = self.get_mm_processor()
+        # Now rather than with the first request: it may not fit the model
+        hf_processor = processor.info.get_hf_processor()
         store = read_options(config).get("store")
         if store is not None:
-            processor: Any = self.get_mm_processor()
-            processor.read_from(StoreReader(store, processor.info.served_model, self._processor))
+            processor.read_from(StoreReader(store, processor.info.served_model, hf_processor))
 
     def render_messages(self, messages: Any, params: ChatParams) -> Any:
         return super().render_messages(messages, _with_parts(params))
@@ -61,7 +64,7 @@ class VoCoLlamaRenderer(HfRenderer):
         if other := sorted(set(data) - {"image", "video"}):
             raise ValueError(f"VoCo-LLaMA takes images and videos, not {', '.join(other)}")
         images = [self._images_of(item) for item in as_items(data.get("image"))]
-        videos = [frames_of(item) for item in as_videos(data.get("video"))]
+        videos = [[Frame(frame) for frame in frames_of(item)] for item in as_videos(data.get("video"))]
         if "prompt_token_ids" in prompt:
             ids, order = self._expand_ids(prompt["prompt_token_ids"], images, videos)
         else:
@@ -142,7 +145,8 @@ def _names(group: list[Any], name: str | None) -> list[str | None]:
     """Names of the images of a group. Compressed ones are known by their content, whatever a client calls them."""
     if name is None or isinstance(group[0], VoCoCache):
         return [None] * len(group)
-    return [name] if len(group) == 1 else [f"{name}-{index}" for index in range(len(group))]
+    # One frame of a video is another image than a picture of the same name: it is not divided into tiles
+    return [f"{name}-{index}" for index in range(len(group))] if isinstance(group[0], Frame) else [name]
 
 
 def _single_tokens(number: int) -> VoCoCache:
