@@ -1,5 +1,6 @@
 """Images that a model divides into tiles, each into its own number of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from integrations.vllm.engines import VOCO, answer, running, save_tiny, servable
 
 from voco_llama_hf import VoCoLlamaConfig
 from voco_llama_hf.store import Content, VoCoStore
+from voco_llama_hf.store.content import TILES
 
 
 CONFIGS = {
@@ -160,6 +162,7 @@ def test_compressed_images(checkpoint, tmp_path):
     contents = [Content.of_file(path) for path in paths]
     with VoCoStore(store, model.fingerprint()) as made:
         made.add(contents, list(whole))
+        made.add([replace(content, sampling=TILES) for content in contents], [tiles[:first], tiles[first:]])
     named = {
         "prompt": text,
         "multi_modal_data": {"image": [None, None]},
@@ -178,6 +181,7 @@ def test_compressed_images(checkpoint, tmp_path):
         patch.delattr(VoCoLlamaForConditionalGeneration, "_compress")
         assert answer(engine, [named, asked(text, images=list(whole))]) == expected[:2]
         assert answer(engine, [asked(text, images=in_tiles, num_voco_tokens_per_tile=2)]) == expected[2:3]
+        assert answer(engine, [named | {"mm_processor_kwargs": {"num_voco_tokens_per_tile": 2}}]) == expected[2:3]
     assert expected[2] == expected[3]
 
 

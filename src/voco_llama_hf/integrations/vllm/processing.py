@@ -1,9 +1,9 @@
 """Images of a request as the model takes them, and the tokens that stand for them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -176,13 +176,15 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
         name, count = self.info.number(inputs.hf_processor_mm_kwargs)
         if "image" in inputs.mm_data_items:
             at_end = bool(inputs.prompt) and inputs.prompt[-1] == self.info.get_hf_config().voco_token_id
-            # A store knows images as a whole by the hashes of their files
-            if self._store is not None and name == OPTION:
-                inputs = self._with_stored(inputs, self._store, count, at_end)
+            if self._store is not None:
+                find = partial(self._store.find, num_voco_tokens=count, per_tile=name == PER_TILE)
+                inputs = self._with_stored(inputs, find, at_end)
             check_stored(list(inputs.mm_data_items["image"].get_all()), inputs.hf_processor_mm_kwargs, at_end)
         return super().apply(inputs, timing_ctx)
 
-    def _with_stored(self, inputs: ProcessorInputs, store: StoreReader, count: int, at_end: bool) -> ProcessorInputs:
+    def _with_stored(
+        self, inputs: ProcessorInputs, find: Callable[[str], VoCoCache | None], at_end: bool
+    ) -> ProcessorInputs:
         """Images that the store has, by the hash of their file, or named by it alone, as compressed ones."""
         items = inputs.mm_data_items["image"].get_all()
         names = list((inputs.mm_uuid_items or {}).get("image", [None] * len(items)))
@@ -192,7 +194,7 @@ class VoCoLlamaMultiModalProcessor(BaseMultiModalProcessor[VoCoLlamaProcessingIn
             is_last = at_end and index == len(items) - 1
             if content_hash is None or (is_last and item is not None):
                 continue
-            if (stored := store.find(content_hash, count)) is not None:
+            if (stored := find(content_hash)) is not None:
                 items[index], names[index] = stored, None
         data, uuids = MultiModalDataItems(image=ImageItems(items)), {"image": names}
         return replace(inputs, mm_data_items=data, mm_uuid_items=uuids)

@@ -162,13 +162,16 @@ class StoreReader:
         expected = model.fingerprint(processor)
         check_fingerprint(self._store().fingerprint, expected, "the one that is served", f"the store {path}")
 
-    def find(self, content_hash: str, num_voco_tokens: int) -> VoCoCache | None:
-        """An image by the SHA-256 of its file, if it is stored at this k and can be read."""
+    def find(self, content_hash: str, num_voco_tokens: int, per_tile: bool = False) -> VoCoCache | None:
+        """An image by the SHA-256 of its file, if it is stored at this k, or k for every tile, and can be read."""
+        from ...store.content import TILES
+
+        key = content_hash, num_voco_tokens, TILES if per_tile else ""
         try:
             store = self._store()
-            if not store.contains(content_hash, num_voco_tokens, sampling=""):
+            if not store.contains(*key):
                 return None
-            cache = store.get(content_hash, num_voco_tokens, sampling="")
+            cache = store.get(*key)
             check_cache(cache, self._model.config, what="the stored image")
         except STORE_ERRORS as error:
             logger.warning("an image cannot be read from the store %s: %s", self._path, error)
