@@ -18,7 +18,7 @@ def count_vision_tokens(config: VoCoLlamaConfig, image_size: tuple[int, int] | N
         config ([`VoCoLlamaConfig`]):
             Configuration of the model.
         image_size (`tuple[int, int]`, *optional*):
-            Height and width of the image, where they decide on it. By default the most that an image has.
+            Height and width of the image, where they decide on it. By default [`largest_size`].
     """
     if config.base_model_type == "llava":
         return count_tile_tokens(config)
@@ -26,7 +26,10 @@ def count_vision_tokens(config: VoCoLlamaConfig, image_size: tuple[int, int] | N
 
 
 def largest_size(config: VoCoLlamaConfig) -> tuple[int, int]:
-    """Height and width of the image that has the most vision tokens."""
+    """
+    Height and width that have the most vision tokens of those that a model divides images into. LLaVA-OneVision, which
+    scales down what has too many, leaves a few shapes between them up to 8 % more.
+    """
     vision: Any = config.vision_config
     if config.base_model_type == "llava":
         return vision.image_size, vision.image_size
