@@ -35,6 +35,15 @@ def record_inputs(model, seen):
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+@pytest.mark.parametrize(
+    "capability, said, expected", [("AVX2", None, False), ("AVX512", None, True), ("AVX2", True, True)]
+)
+def test_bfloat16_is_the_default_where_it_is_fast(tmp_path, monkeypatch, capability, said, expected):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert VoCoSFTConfig(str(tmp_path), bf16=said).bf16 is expected
+
+
 @pytest.mark.parametrize("trainer_class, config_class", [(SFTTrainer, SFTConfig), (VoCoSFTTrainer, VoCoSFTConfig)])
 def test_plain_trl_and_ours_train_alike(tmp_path, trainer_class, config_class):
     processor, model = processor_and_model()

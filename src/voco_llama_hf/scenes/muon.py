@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import TrainingArguments
 
-from .running import is_bfloat16_fast
+from ..training.precision import is_bfloat16_fast
 
 
 class HasHead(Protocol):

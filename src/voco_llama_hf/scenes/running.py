@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..training.checkpoints import last_checkpoint
+from ..training.precision import is_bfloat16_fast
 from .recipe import Recipe
 
 
@@ -39,11 +40,6 @@ def phase_options(
         "seed": recipe.seed,
         "report_to": "none",
     }
-
-
-def is_bfloat16_fast() -> bool:
-    """Whether bfloat16 is worth training in: on CPUs without AVX-512 it is several times slower than float32."""
-    return torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Clock(TrainerCallback):

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig
 
+from .precision import is_bfloat16_fast
+
 
 @dataclass
 class VoCoSFTConfig(SFTConfig):
     r"""
-    Configuration class for the [`VoCoSFTTrainer`]: that of [`~trl.SFTConfig`], and
+    Configuration class for the [`VoCoSFTTrainer`]: that of [`~trl.SFTConfig`], whose `bf16` is `False` by default on
+    CPUs that are slow at it, and
 
     Parameters:
         num_voco_tokens (`list[int]`, *optional*):
@@ -80,6 +83,8 @@ class VoCoSFTConfig(SFTConfig):
         # Without an accelerator there is no other device, but TRL's default of bfloat16 asks for it to be said
         if not torch.accelerator.is_available():
             self.use_cpu = True
+            if self.bf16 is None and not self.fp16:
+                self.bf16 = is_bfloat16_fast()
         super().__post_init__()
         if isinstance(self.num_voco_tokens, int):
             self.num_voco_tokens = [self.num_voco_tokens]
