@@ -81,11 +81,10 @@ def index(
         raise UsageProblem(f"{store} is a file: --store takes a folder")
     check_numbers(num_voco_tokens, num_voco_tokens_per_tile)
     check_sampling_options(num_frames, fps)
-    if cluster and num_voco_tokens_per_tile is not None:
-        raise UsageProblem("--num-voco-tokens-per-tile does not go with --cluster")
     if cluster:
         options: dict[str, Any] = {
             "num_voco_tokens": num_voco_tokens,
+            "num_voco_tokens_per_tile": num_voco_tokens_per_tile,
             "num_frames": num_frames,
             "fps": fps,
             "batch_size": batch_size,

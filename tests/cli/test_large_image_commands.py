@@ -4,10 +4,13 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import openai
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from cli.conftest import save_checkpoint
 from modeling.helpers import TILED, build_processor, random_images, tiny_model
 from modeling.test_large_processing import picture
 from serving.conftest import MODEL, ask, client_of, data_url, in_process
@@ -18,9 +21,10 @@ from voco_llama_hf.images import open_image
 from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
 from voco_llama_hf.scenes.evaluation import evaluate_scenes
 from voco_llama_hf.serving import Limits
-from voco_llama_hf.store import Content, VoCoStore, hash_file
+from voco_llama_hf.store import Content, VoCoCompressor, VoCoStore, cache_from_row, hash_file
 from voco_llama_hf.store.content import TILES
 from voco_llama_hf.store.indexing import Indexer, Sampling
+from voco_llama_hf.store.parquet import import_parquet
 from voco_llama_hf.vision_tokens import count_image_tiles, count_vision_tokens
 
 
@@ -157,6 +161,34 @@ def test_an_archive_of_tiles(invoke, folder, model, processor, tmp_path):
     missing = invoke(*ask, "--num-voco-tokens-per-tile", 3, QUESTION, exit_code=2).stderr
     assert "3 VoCo tokens of every tile" in " ".join(missing.split())
     assert "images: 8" in invoke("store", "info", store).stdout
+
+
+def test_a_pipeline_of_tiles(folder, model, processor, tmp_path):
+    """Files and arrays, an entry of all of its tiles each, which a store takes in beside whole images."""
+    photos = sorted((folder / "photos").iterdir())
+    compressor = VoCoCompressor(str(folder), num_voco_tokens_per_tile=2, batch_size=3)
+    values = [*(photo.read_bytes() for photo in photos), np.asarray(open_image(photos[0]))]
+    table = compressor({"image": values, "path": [*map(str, photos), "of an array.mp4"]})
+    rows = table.to_pylist()
+    assert [row["error"] for row in rows] == [None] * 5 and {row["sampling"] for row in rows} == {TILES}
+    for row, photo in zip(rows, [*photos, photos[0]]):
+        inputs = processor(images=open_image(photo), num_voco_tokens_per_tile=2, return_tensors="pt")
+        expected = model.compress(**inputs)
+        found = cache_from_row(row)
+        assert found.token_counts == expected.token_counts
+        torch.testing.assert_close(found.keys, expected.keys, atol=1e-5, rtol=1e-4)
+    parquet = tmp_path / "rows.parquet"
+    pq.write_table(table.drop_columns("error"), parquet)
+    assert not any(error for _, error in import_parquet([str(parquet)], tmp_path / "store", compressor.fingerprint))
+    with VoCoStore(tmp_path / "store") as store:
+        assert all(entry.is_in_tiles for entry in store) and len(list(store)) == 5
+
+
+def test_what_a_pipeline_of_tiles_refuses(folder, tmp_path):
+    with pytest.raises(ValueError, match="num_voco_tokens or num_voco_tokens_per_tile, not both"):
+        VoCoCompressor(str(folder), 2, num_voco_tokens_per_tile=2)
+    with pytest.raises(ValueError, match="an image processor that divides images"):
+        VoCoCompressor(str(save_checkpoint(tmp_path, seed=0)), num_voco_tokens_per_tile=2)
 
 
 def test_tiles_that_repeat_are_stored_once(model, tmp_path):

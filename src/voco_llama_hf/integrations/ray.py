@@ -17,10 +17,10 @@ from ..modeling import VoCoCache
 from ..modeling.configuration_voco_llama import cache_bytes
 from ..store import Content, VoCoStore
 from ..store.archives import Archive, File, read_source, read_table
+from ..store.compression import Sampling
 from ..store.compressor import Item, Outcome, VoCoCompressor
 from ..store.indexing import Indexed
 from ..store.shards import write_shard
-from ..videos import is_video
 from ..vision_tokens import count_vision_tokens
 
 
@@ -40,6 +40,7 @@ OUTPUT = pa.schema(
         ("size", pa.int64()),
         ("mtime_ns", pa.int64()),
         ("num_images", pa.int64()),
+        ("num_tokens", pa.int64()),
         ("error", pa.string()),
     ]
 )
@@ -89,7 +90,7 @@ class Described:
 
     fingerprint: dict[str, str]
     num_voco_tokens: int
-    sampling: str
+    sampling: Sampling
     vision_tokens: int
     token_bytes: int
 
@@ -100,7 +101,7 @@ def describe(options: dict[str, Any]) -> Described:
     return Described(
         dict(compressor.fingerprint),
         compressor.num_voco_tokens,
-        str(compressor.sampling),
+        compressor.sampling,
         count_vision_tokens(config),
         cache_bytes(config, 1, compressor.model.dtype),
     )
@@ -170,7 +171,7 @@ class ClusterIndexer:
         return [file for file in archive.files if not self._is_known(file)]
 
     def _is_known(self, file: File) -> bool:
-        sampling = self.described.sampling if is_video(file.source) else ""
+        sampling = self.described.sampling.of(file.source)
         return self.store.is_known(file.source, self.described.num_voco_tokens, sampling, file.size, file.version)
 
     def run(self, files: Iterable[File], tables: Iterable[str] = ()) -> Iterator[Indexed]:
@@ -239,8 +240,7 @@ class ClusterIndexer:
                         contents.append(
                             Content(row["content_hash"], row["sampling"], source, row["size"], row["mtime_ns"])
                         )
-                    num_images = row["num_images"]
-                    yield Indexed(source, num_images, num_images * self.described.num_voco_tokens, row["error"])
+                    yield Indexed(source, row["num_images"], row["num_tokens"], row["error"])
         finally:
             self.store.record(contents)
             self.store.record_failures(failures)
@@ -290,11 +290,13 @@ def _read(source: str, row: dict[str, Any]) -> Path | bytes:
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     content = outcome.content
-    row = {"source": os.fsencode(outcome.source), "num_images": 0, "error": outcome.error}
+    row = {"source": os.fsencode(outcome.source), "num_images": 0, "num_tokens": 0, "error": outcome.error}
     if content is None:
         return row
     said = {name: getattr(content, name) for name in ("content_hash", "sampling", "size", "mtime_ns")}
-    return row | said | {"num_images": 0 if outcome.cache is None else len(outcome.cache)}
+    if (cache := outcome.cache) is None:
+        return row | said
+    return row | said | {"num_images": len(cache) if content.is_video else 1, "num_tokens": sum(cache.token_counts)}
 
 
 def _last_line(error: Exception) -> str:

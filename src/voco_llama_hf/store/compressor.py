@@ -22,6 +22,7 @@ from ..modeling import VoCoCache
 from ..modeling.cache_voco_llama import digest
 from ..modeling.images_voco_llama import to_rgb
 from ..modeling.processing_voco_llama import check_num_voco_tokens
+from ..modeling.tiled_processing_voco_llama import check_divides_images
 from ..pictures import prepare
 from .compression import Compression, Sampling
 from .content import Content, hash_pixels
@@ -101,9 +102,11 @@ class VoCoCompressor:
             By default the accelerator if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type to run in, by default that of the checkpoint.
+        num_voco_tokens_per_tile (`int`, *optional*):
+            VoCo tokens of every tile of an image, instead of `num_voco_tokens`.
 
     Raises:
-        ValueError: if there is no such model, or it cannot have so many VoCo tokens.
+        ValueError: if there is no such model, it cannot have so many VoCo tokens, or it divides no images into tiles.
 
     Example:
 
@@ -130,14 +133,20 @@ class VoCoCompressor:
         source_column: str = "path",
         device: str | None = None,
         dtype: str = "auto",
+        num_voco_tokens_per_tile: int | None = None,
     ):
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         if num_frames is not None and fps is not None:
             raise ValueError("give num_frames or fps, not both")
+        if num_voco_tokens is not None and num_voco_tokens_per_tile is not None:
+            raise ValueError("give num_voco_tokens or num_voco_tokens_per_tile, not both")
         self.processor = load_processor(model)
-        self.num_voco_tokens = num_voco_tokens or self.processor.num_voco_tokens
+        per_tile = num_voco_tokens_per_tile is not None
+        if per_tile:
+            check_divides_images(self.processor.image_processor)
+        self.num_voco_tokens = num_voco_tokens_per_tile or num_voco_tokens or self.processor.num_voco_tokens
         check_num_voco_tokens([self.num_voco_tokens])
-        self.sampling = Sampling(num_frames or (self.processor.num_frames if fps is None else None), fps)
+        self.sampling = Sampling(num_frames or (self.processor.num_frames if fps is None else None), fps, per_tile)
         self.batch_size, self.num_threads, self.eight_bit = batch_size, num_threads, eight_bit
         self.image_column, self.source_column = image_column, source_column
         if device is None:
@@ -249,7 +258,7 @@ class VoCoCompressor:
         try:
             value = item.read()
             content = self._describe(item, value)
-            if content.sampling:
+            if content.is_video:
                 return Outcome(item.source, content), value
             return Outcome(item.source, content), prepare(
                 self.processor.image_processor, _to_image(value, item.source)
@@ -263,7 +272,7 @@ class VoCoCompressor:
             return replace(Content.of_file(value, sampling), source=source)
         if isinstance(value, bytes):
             return Content(hashlib.sha256(value).hexdigest(), sampling, source, len(value), item.mtime_ns)
-        return Content(hash_pixels(value), "", source, np.asarray(value).nbytes, item.mtime_ns)
+        return Content(hash_pixels(value), self.sampling.of(""), source, np.asarray(value).nbytes, item.mtime_ns)
 
     def _compress_images(self, waiting: list[tuple[Content, dict[str, torch.Tensor]]]) -> Iterator[Outcome]:
         if not waiting:

@@ -49,6 +49,10 @@ class Content:
     mtime_ns: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_video(self) -> bool:
+        return self.sampling not in ("", TILES)
+
     @classmethod
     def of_file(cls, path: str | os.PathLike, sampling: str = "", metadata: dict[str, Any] | None = None) -> "Content":
         """

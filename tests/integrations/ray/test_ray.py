@@ -19,6 +19,8 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from cli.conftest import save_checkpoint  # noqa: E402
+from modeling.helpers import TILED, build_processor, tiny_model  # noqa: E402
+from modeling.test_large_processing import picture  # noqa: E402
 from PIL import Image  # noqa: E402
 from store.test_indexing import archive as make_archive  # noqa: E402, F401
 from store.test_indexing import check_every_entry  # noqa: E402
@@ -27,6 +29,7 @@ from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor 
 from voco_llama_hf.integrations.ray import ClusterIndexer  # noqa: E402
 from voco_llama_hf.store import VoCoCompressor, VoCoStore, cache_from_row, hash_file  # noqa: E402
 from voco_llama_hf.store.archives import find_archive  # noqa: E402
+from voco_llama_hf.store.content import TILES  # noqa: E402
 from voco_llama_hf.store.indexing import Indexer, Sampling, find_files  # noqa: E402
 from voco_llama_hf.store.parquet import import_parquet  # noqa: E402
 
@@ -115,6 +118,30 @@ def find_worker() -> int | None:
         except OSError:
             continue
     return None
+
+
+def test_tiles(tmp_path):
+    """A model that divides images: an entry of all of its tiles each, as one process makes them; none is done twice."""
+    model, photos = tmp_path / "model", tmp_path / "photos"
+    processor = build_processor("llava_next")
+    tiny_model(voco_token_id=processor.image_token_id, **TILED["llava_next"]).save_pretrained(model)
+    processor.save_pretrained(model)
+    photos.mkdir()
+    for number, size in enumerate([(90, 40), (30, 30), (20, 200)]):
+        picture(*size, seed=number).save(photos / f"{number}.png")
+    found = find_archive(str(photos))
+    indexer = ClusterIndexer(tmp_path / "store", str(model), 1, 2, num_voco_tokens_per_tile=2)
+    results = list(indexer.run(indexer.select(found)))
+    assert [result.num_images for result in results] == [1, 1, 1] and not indexer.select(found)
+    loaded = VoCoLlamaForConditionalGeneration.from_pretrained(model)
+    single = Indexer(tmp_path / "single", loaded, processor, 2, Sampling(num_frames=3, per_tile=True))
+    expected = list(single.run(single.select(find_files(photos))))
+    assert sorted(result.num_tokens for result in results) == sorted(result.num_tokens for result in expected)
+    for entry in single.store:
+        one, other = (store.get(entry.content_hash, sampling=TILES) for store in (indexer.store, single.store))
+        assert one.token_counts == other.token_counts and set(one.token_counts) == {2}
+        np.testing.assert_allclose(one.keys, other.keys, atol=1e-5, rtol=1e-4)
+    assert {entry.content_hash for entry in indexer.store} == {entry.content_hash for entry in single.store}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
