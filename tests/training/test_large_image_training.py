@@ -56,6 +56,44 @@ def test_a_batch_has_the_loss_of_its_rows(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", TILED)
+def test_voco_tokens_of_every_tile(tmp_path, kind):
+    """Drawn for every step; a batch is what the processor makes of its images in tiles, in both ways of computing."""
+    trainer = train(tmp_path, kind, num_voco_tokens_per_tile=[2, 1, 3], two_stages=True, freeze=[], max_steps=3)
+    assert len(losses(trainer)) == 3 and all(loss == loss and loss > 0 for loss in losses(trainer))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch["num_voco_tokens"].tolist()) == {3}
+    model, processor = trainer.model.eval(), trainer.processing_class
+    assert processor.num_voco_tokens == model.config.num_voco_tokens == 2
+    images = [image for row in trainer.train_dataset.select(range(2)) for image in row["images"]]
+    expected = processor(images=images, num_voco_tokens_per_tile=3, return_tensors="pt")
+    batch = trainer.data_collator(list(trainer.train_dataset.select(range(2))))
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    with torch.no_grad():
+        one, two = (model(**batch, use_cache=False, two_stages=stages).loss for stages in (False, True))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    trainer.create_model_card()
+    assert "| VoCo tokens of every tile, drawn for every step | 2, 1, 3 |" in (tmp_path / "README.md").read_text()
+
+
+def test_what_voco_tokens_of_every_tile_do_not_go_with(tmp_path):
+    per_tile = {"num_voco_tokens_per_tile": [1, 2]}
+    with pytest.raises(ValueError, match="num_voco_tokens of an image or num_voco_tokens_per_tile, not both"):
+        config(tmp_path, num_voco_tokens=[1], **per_tile)
+    with pytest.raises(ValueError, match="distillation compares with all of an uncompressed image"):
+        config(tmp_path, distillation_weight=0.5, **per_tile)
+    with pytest.raises(ValueError, match=r"numbers from 1 on, at least one, got \[1, 0\]"):
+        config(tmp_path, num_voco_tokens_per_tile=[1, 0])
+    processor = build_processor()
+    with pytest.raises(ValueError, match="an image processor that divides images"):
+        VoCoSFTTrainer(
+            build_model(processor),
+            config(tmp_path, **per_tile),
+            train_dataset=conversations(),
+            processing_class=processor,
+        )
+
+
+@pytest.mark.parametrize("kind", TILED)
 def test_a_teacher_of_the_class_of_transformers(tmp_path, kind):
     processor = build_processor(kind)
     other = build_model(processor, seed=1, **TILED[kind])

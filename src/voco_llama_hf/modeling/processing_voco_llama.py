@@ -90,6 +90,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
 
     # Of a processor, not of a checkpoint: trainers that hand its output on to functions of fixed arguments unset it
     return_num_voco_tokens = True
+    # Likewise: a trainer sets it for calls, of others, that name no number
+    num_voco_tokens_per_tile: int | None = None
 
     def __init__(
         self,

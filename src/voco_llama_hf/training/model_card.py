@@ -85,7 +85,7 @@ def without_automatic_card(folder: Path) -> Iterator[None]:
 def training_results(trainer: VoCoSFTTrainer, dataset_name: str | None, split: str) -> list[EvalResult]:
     """Figures of the last evaluation on the data that are named; one that came to no number is none."""
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    choices = trainer.args.num_voco_tokens or [bare(trainer.model).config.num_voco_tokens]
+    choices = trainer.args.choices or [bare(trainer.model).config.num_voco_tokens]
     if dataset_name is None or not evaluated:
         return []
     # A path says more of this machine than of the data
@@ -104,7 +104,8 @@ def training_text(trainer: VoCoSFTTrainer) -> str:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    choices = [str(k or "uncompressed") for k in args.num_voco_tokens or []]
+    choices = [str(k or "uncompressed") for k in args.choices or []]
+    of_tiles = "" if args.num_voco_tokens_per_tile is None else " of every tile"
     adapters = trainer.model.peft_config["default"].peft_type.value if isinstance(trainer.model, PeftModel) else None
     # Of a path, the name
     teacher = Path(args.teacher).absolute().name if os.path.isdir(args.teacher) else args.teacher
@@ -112,7 +113,7 @@ def training_text(trainer: VoCoSFTTrainer) -> str:
     rows = {
         "method": "supervised fine-tuning under the VoCo mask, with [TRL](https://github.com/huggingface/trl)",
         "adapters": adapters,
-        "VoCo tokens, drawn for every step": ", ".join(choices) or None,
+        f"VoCo tokens{of_tiles}, drawn for every step": ", ".join(choices) or None,
         "distillation": distillation,
         "not trained": ", ".join(f"`{name}`" for name in args.freeze) or None,
         "steps": f"{state.global_step:,}",

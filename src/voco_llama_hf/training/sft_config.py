@@ -22,6 +22,9 @@ class VoCoSFTConfig(SFTConfig):
             process; 0 stands for a step that reads the uncompressed image, and a number that is listed twice is drawn
             twice as often. Evaluation uses the first number, and so do the saved model and processor by default.
             Unset, every step uses `model.config.num_voco_tokens`.
+        num_voco_tokens_per_tile (`list[int]`, *optional*):
+            The same of every tile, where images are divided into tiles, instead of `num_voco_tokens`. Each tile is
+            compressed on its own, so there is no step that reads the uncompressed image, and no distillation from it.
         two_stages (`bool`, *optional*, defaults to `False`):
             Compress all images of a batch together, and let the text read what is left of them, instead of running
             long sequences with all vision tokens: less work for rows of several images or of many frames. Not with
@@ -54,6 +57,10 @@ class VoCoSFTConfig(SFTConfig):
             "nargs": "+",
         },
     )
+    num_voco_tokens_per_tile: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers of VoCo tokens of every tile of an image, instead.", "nargs": "+"},
+    )
     two_stages: bool = field(
         default=False,
         metadata={"help": "Compress the images of a batch first, for rows of several images or of many frames."},
@@ -79,6 +86,11 @@ class VoCoSFTConfig(SFTConfig):
         },
     )
 
+    @property
+    def choices(self) -> list[int] | None:
+        """What is drawn from for every step: VoCo tokens of an image, or of a tile."""
+        return self.num_voco_tokens if self.num_voco_tokens_per_tile is None else self.num_voco_tokens_per_tile
+
     def __post_init__(self):
         # Without an accelerator there is no other device, but TRL's default of bfloat16 asks for it to be said
         if not torch.accelerator.is_available():
@@ -88,10 +100,22 @@ class VoCoSFTConfig(SFTConfig):
         super().__post_init__()
         if isinstance(self.num_voco_tokens, int):
             self.num_voco_tokens = [self.num_voco_tokens]
+        if isinstance(self.num_voco_tokens_per_tile, int):
+            self.num_voco_tokens_per_tile = [self.num_voco_tokens_per_tile]
         if isinstance(self.freeze, str):
             self.freeze = [self.freeze]
         if self.num_voco_tokens is not None and (not self.num_voco_tokens or min(self.num_voco_tokens) < 0):
             raise ValueError(f"num_voco_tokens takes numbers from 0 on, at least one, got {self.num_voco_tokens}")
+        if (per_tile := self.num_voco_tokens_per_tile) is not None:
+            if self.num_voco_tokens is not None:
+                raise ValueError("give num_voco_tokens of an image or num_voco_tokens_per_tile, not both")
+            if not per_tile or min(per_tile) < 1:
+                raise ValueError(f"num_voco_tokens_per_tile takes numbers from 1 on, at least one, got {per_tile}")
+            if self.distillation_weight > 0:
+                raise ValueError(
+                    "distillation compares with all of an uncompressed image: it goes with num_voco_tokens, not with "
+                    "num_voco_tokens_per_tile"
+                )
         if self.two_stages and self.gradient_checkpointing:
             raise ValueError(
                 "gradient checkpointing needs long sequences: two_stages goes with gradient_checkpointing=False"

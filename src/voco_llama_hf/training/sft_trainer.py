@@ -19,6 +19,7 @@ from trl.models import prepare_deepspeed
 
 from ..loading import find_base, load_adapters, load_processor, load_whole
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..modeling.tiled_processing_voco_llama import check_divides_images
 from .checkpoints import check_checkpoint, last_checkpoint
 from .collator import VoCoDataCollator
 from .distillation import (
@@ -118,8 +119,10 @@ class VoCoSFTTrainer(SFTTrainer):
         # Where DeepSpeed shards the weights, they are no tensors yet that could be read
         if isinstance(self.model, PeftModel) and not is_deepspeed_zero3_enabled():
             warn_if_voco_is_not_trained(self.model)
-        if args.num_voco_tokens is not None and args.num_voco_tokens[0] > 0:
-            self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.num_voco_tokens[0]
+        if args.num_voco_tokens_per_tile is not None:
+            check_divides_images(self.processing_class.image_processor)
+        if args.choices is not None and args.choices[0] > 0:
+            self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.choices[0]
         if data_collator is None and self._is_vision_dataset:
             self.data_collator = self._widest_collator(self.data_collator)
         self.teacher_model = self._prepare_teacher(teacher_model) if args.distillation_weight > 0 else None
@@ -134,9 +137,11 @@ class VoCoSFTTrainer(SFTTrainer):
     def _widest_collator(self, collator: VoCoDataCollator) -> VoCoDataCollator:
         """A collator that makes as many VoCo tokens as any step may ask for."""
         options: dict[str, Any] = {field.name: getattr(collator, field.name) for field in fields(collator)}
-        options["processor"] = copy.copy(self.processing_class)
-        if self.args.num_voco_tokens is not None:
-            options["processor"].num_voco_tokens = max(1, *self.args.num_voco_tokens)
+        processor = options["processor"] = copy.copy(self.processing_class)
+        if self.args.choices is not None:
+            processor.num_voco_tokens = max(1, *self.args.choices)
+        if self.args.num_voco_tokens_per_tile is not None:
+            processor.num_voco_tokens_per_tile = processor.num_voco_tokens
         return VoCoDataCollator(**options, always_images=self._is_distributed)
 
     # Private, but what trainers of other data override since LLaVA's own
@@ -190,7 +195,7 @@ class VoCoSFTTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(super()._prepare_inputs(inputs))
-        choices = self.args.num_voco_tokens
+        choices = self.args.choices
         # Without a gradient many images are compressed in several passes, of which every process has its own number
         if self.args.two_stages and "num_voco_tokens" in inputs and (self.model.training or not self._is_distributed):
             inputs["two_stages"] = True
