@@ -121,7 +121,7 @@ def find_worker() -> int | None:
 
 
 def test_tiles(tmp_path):
-    """A model that divides images: an entry of all of its tiles each, as one process makes them; none is done twice."""
+    """A model that divides images: an entry of all tiles of each, as one process makes it; none is done twice."""
     model, photos = tmp_path / "model", tmp_path / "photos"
     processor = build_processor("llava_next")
     tiny_model(voco_token_id=processor.image_token_id, **TILED["llava_next"]).save_pretrained(model)
