@@ -11,10 +11,15 @@ from .video_evaluation import TEMPORAL, VideoResults, chance
 
 DESCRIPTION = """\
 A model of {millions:.1f} million parameters, trained from {origin} on procedural scenes: coloured shapes and
-handwritten digits on a canvas of {side}x{side} pixels, then on short videos of them. It answers short questions about
-colour, shape, digit, place, number, existence and comparison of the objects, and about what happens in a video: which
-way something moves, whether it speeds up, what comes or is hidden first. It reads k VoCo tokens an image or frame, or
-all {num_vision_tokens} vision tokens. It knows nothing else."""
+handwritten digits on a canvas of {side}x{side} pixels{videos}. It answers short questions about colour, shape, digit,
+place, number, existence and comparison of the objects{happenings}. It reads k VoCo tokens an image{frames}, or all
+{num_vision_tokens} vision tokens. It knows nothing else."""
+ABOUT_VIDEOS = {
+    "videos": ", then on short videos of them",
+    "happenings": ", and about what happens in a video: which way something moves, whether it speeds up, what comes or "
+    "is hidden first",
+    "frames": " or frame",
+}
 
 RESULTS = """\
 Exact match in percent on the test split ({num_scenes} scenes, {num_questions} questions, each asked on its own).
@@ -36,18 +41,18 @@ TRAINING = """\
 `{command}` reproduces it: `voco_llama_hf.scenes.tiny` draws the scenes, {beginning}, teaches the
 vision tower to name what lies on each patch, and then trains the model: first on uncompressed images, then under the
 VoCo mask with the number of VoCo tokens drawn anew for every step, and a share of uncompressed steps. In the end every
-question sees the VoCo tokens and itself only, so that no answer can be copied from another. The last phase, the second
-one of the paper, mixes short videos in, the vision tower frozen: the frames of a batch are compressed together, and
-their VoCo tokens stand one behind the other. Of the weights it ends with {share:.0f} % are taken, and the rest of
-those that it started from (weight averaging): that restores what it had cost on images. The handwritten digits are
-those of scikit-learn's `load_digits`; the splits share none.
+question sees the VoCo tokens and itself only, so that no answer can be copied from another.{videos} The handwritten
+digits are those of scikit-learn's `load_digits`; the splits share none.
 
 ![loss and accuracy over the steps](training.png)"""
+VIDEO_TRAINING = """\
+ The last phase, the second one of the paper, mixes short videos in, the vision tower frozen: the frames of a batch are
+compressed together, and their VoCo tokens stand one behind the other. Of the weights it ends with {share:.0f} % are
+taken, and the rest of those that it started from (weight averaging): that restores what it had cost on images."""
 
 LIMITS = """\
 - It knows the scenes and nothing else: photographs, text and questions in other words are beyond it.
-- It was trained on single images and on videos of eight frames: answers about several images, or about much longer
-  videos, are guesses."""
+- It was trained on single images{frames}: answers about {others} are guesses."""
 
 
 class CardTexts(TypedDict):
@@ -71,7 +76,7 @@ def model_card(summary: dict, recipe: Recipe, name: str) -> CardTexts:
         recipe ([`Recipe`]): How it was trained.
         name (`str`): What it is called.
     """
-    test, canvas = summary["test"], recipe.canvas
+    test, canvas, last = summary["test"], recipe.canvas, recipe.phases[-1]
     num_questions = sum(counts["all"] for counts in test["num_questions"].values())
     ranges = {name: f"{low} to {high}" for name, (low, high) in canvas.difficulties.items()}
     results_text = RESULTS.format(num_scenes=test["num_scenes"], num_questions=num_questions, **ranges)
@@ -90,12 +95,16 @@ def model_card(summary: dict, recipe: Recipe, name: str) -> CardTexts:
             origin="random weights" if is_new else "those of `voco-scenes-tiny`",
             side=canvas.side,
             num_vision_tokens=(canvas.side // PATCH_SIZE) ** 2,
+            **{name: text if last.videos else "" for name, text in ABOUT_VIDEOS.items()},
         ),
         "results_text": results_text,
         "training_text": TRAINING.format(
             command="make train-tiny" if is_new else "make train-576",
             beginning="trains the tokenizer" if is_new else "starts from `voco-scenes-tiny`",
-            share=100 * recipe.phases[-1].share,
+            videos=VIDEO_TRAINING.format(share=100 * last.share) if last.videos else "",
         ),
-        "limits": LIMITS,
+        "limits": LIMITS.format(
+            frames=" and on videos of eight frames" if last.videos else "",
+            others="several images, or about much longer videos," if last.videos else "several images or videos",
+        ),
     }
