@@ -16,8 +16,8 @@ place, number, existence and comparison of the objects{happenings}. It reads k V
 {num_vision_tokens} vision tokens. It knows nothing else."""
 ABOUT_VIDEOS = {
     "videos": ", then on short videos of them",
-    "happenings": ", and about what happens in a video: which way something moves, whether it speeds up, what comes or "
-    "is hidden first",
+    "happenings": ", and about what happens in a video: which way something moves, whether it speeds up, what comes "
+    "or is hidden first",
     "frames": " or frame",
 }
 
