@@ -1,9 +1,9 @@
 """What tiles buy on scenes that cannot be read scaled down, and which way to spend VoCo tokens on them keeps more.
 
-From the weights of the embedded checkpoint, on scenes of four times its pixels, four models are trained on the same
-scenes for as many steps: one that reads them scaled down, and three of LLaVA-NeXT's kind that read four tiles and the
-small picture of all of it, uncompressed, from VoCo tokens of the whole image, or from VoCo tokens of every tile. What
-an interrupted run has left is kept in the work folder, and more rounds go on from there.
+From the weights of the embedded checkpoint, on scenes of four times its pixels, five models are trained on the same
+scenes for as many steps: one that reads them scaled down, and four of LLaVA-NeXT's kind that read four tiles and the
+small picture of all of it, uncompressed, from one or five VoCo tokens of the whole image, or from one of every tile.
+What an interrupted run has left is kept in the work folder, and more rounds go on from there.
 
     python benchmarks/tiles.py --output benchmarks/results/tiles_cpu.json --plot docs/source/images/tiles.png
 """
@@ -44,7 +44,7 @@ def main(
     datasets.disable_progress_bars()
     console = Console(width=132)
     study = TileStudy(work_dir, steps, rounds)
-    arms = make_arms((1, 2), study.num_tiles)
+    arms = make_arms(1, study.num_tiles)
     results = run_tile_study(study, arms, "test", limit, report=console.rule)
     console.print(make_table(arms, results, study))
     if output is not None:

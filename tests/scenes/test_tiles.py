@@ -21,8 +21,6 @@ from voco_llama_hf.scenes.still import make_scene, make_scenes
 
 disable_progress_bars()
 
-KS = (1, 2)
-
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
@@ -147,23 +145,24 @@ def test_reading_from_a_cache_of_tiles_is_generating_from_pixels(tiled):
 
 
 def test_arms_are_compared_at_equal_tokens():
-    arms = {arm.name: arm for arm in make_arms(KS, 5)}
-    assert len({arm.folder for arm in arms.values()}) == len(arms) == 4
-    totals = {k * 5 for k in arms["k for every tile"].num_voco_tokens}
-    assert totals | set(KS) == set(arms["k for the image"].num_voco_tokens) == {1, 2, 5, 10}
-    assert set(arms["scaled down"].num_voco_tokens) == {0, 1, 2, 5, 10}
+    scaled, one, as_many, every_tile, uncompressed = arms = make_arms(2, 5)
+    assert len({arm.folder for arm in arms}) == len({arm.name for arm in arms}) == 5
+    assert every_tile.per_tile and every_tile.num_voco_tokens == one.num_voco_tokens == (2,)
+    assert as_many.num_voco_tokens == (10,) and set(scaled.num_voco_tokens) == {2, 10, 0}
+    assert uncompressed.num_voco_tokens == (0,) and [arm.tiled for arm in arms] == [False, True, True, True, True]
 
 
 def test_a_micro_study_runs_end_to_end_and_goes_on(start, tmp_path):
     recipe = large_recipe(batch_size=2, num_train_scenes=16, num_validation_scenes=2)
     study = TileStudy(tmp_path, 2, start=start, recipe=recipe)
-    arms = make_arms((1,), study.num_tiles)
+    arms = make_arms(1, study.num_tiles)
     said = []
     first = run_tile_study(study, arms, "validation", 2, report=said.append, progress=False)
-    assert len(said) == 4 and {name: set(one.accuracy) for name, one in first.items()} == {
+    assert len(said) == 5 and {name: set(one.accuracy) for name, one in first.items()} == {
         "scaled down": {"k=1", "k=5", "uncompressed"},
-        "k for every tile": {"k=1"},
-        "k for the image": {"k=1", "k=5"},
+        "tiles, 1 for the image": {"k=1"},
+        "tiles, 5 for the image": {"k=5"},
+        "tiles, 1 for every tile": {"k=1"},
         "tiles uncompressed": {"uncompressed"},
     }
     assert all(one.blind.keys() == one.accuracy.keys() for one in first.values())
@@ -174,7 +173,7 @@ def test_a_micro_study_runs_end_to_end_and_goes_on(start, tmp_path):
 
     longer = TileStudy(tmp_path, 2, rounds=2, start=start, recipe=recipe)
     weights = [
-        VoCoLlamaForConditionalGeneration.from_pretrained(longer.trained(arms[1], number)).state_dict()
+        VoCoLlamaForConditionalGeneration.from_pretrained(longer.trained(arms[3], number)).state_dict()
         for number in (0, 1, 2)
     ]
     tower = "model.vision_tower.embeddings.patch_embedding.weight"

@@ -49,19 +49,21 @@ class TileArm:
         return self.name.replace(",", "").replace(" ", "-")
 
 
-def make_arms(ks_per_tile: Sequence[int], num_tiles: int) -> tuple[TileArm, ...]:
+def make_arms(k: int, num_tiles: int) -> tuple[TileArm, ...]:
     """
-    All arms. An image gets as many VoCo tokens as a tile does, and as many as all tiles together do.
+    All arms. An image gets as many VoCo tokens as a tile does, and as many as all tiles together do; tiles are read
+    from one number of tokens in all steps of an arm.
 
     Args:
-        ks_per_tile (`Sequence[int]`): VoCo tokens of every tile, ascending.
+        k (`int`): VoCo tokens of every tile.
         num_tiles (`int`): Tiles of an image, with the one that shows all of it.
     """
-    ks = tuple(sorted({*ks_per_tile, *(k * num_tiles for k in ks_per_tile)}))
+    total = k * num_tiles
     return (
-        TileArm("scaled down", (*ks, 0), tiled=False),
-        TileArm("k for every tile", tuple(ks_per_tile), per_tile=True),
-        TileArm("k for the image", ks),
+        TileArm("scaled down", (k, total, 0), tiled=False),
+        TileArm(f"tiles, {k} for the image", (k,)),
+        TileArm(f"tiles, {total} for the image", (total,)),
+        TileArm(f"tiles, {k} for every tile", (k,), per_tile=True),
         TileArm("tiles uncompressed", (0,)),
     )
 
