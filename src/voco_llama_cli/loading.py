@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 # Of a whole model, and of PEFT adapters
 CONFIG_FILES = ("config.json", "adapter_config.json")
+SHIPPED = Path(__file__).parents[1] / "voco_llama_hf" / "checkpoints"
 
 
 def find_model(name: str | None) -> str:
     """
-    The folder or Hub id of a model; cheap, so that a typing error does not wait for torch.
+    The folder or Hub id of a model, also by the name of one that the package ships; cheap, so that a typing error does
+    not wait for torch.
 
     Raises:
         UsageProblem: if there is no such folder, or it holds no model.
@@ -38,6 +40,8 @@ def find_model(name: str | None) -> str:
             raise UsageProblem(f"{name} is not a model folder: it has no {' and no '.join(CONFIG_FILES)}")
     elif os.path.exists(name):
         raise UsageProblem(f"{name} is a file: --model takes a model folder or a Hub id")
+    elif re.fullmatch(r"[\w-]+", name) and (SHIPPED / name).is_dir():
+        return str(SHIPPED / name)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UsageProblem(f"no such model folder: {name!r}")
     return name

@@ -21,7 +21,6 @@ from voco_llama_hf.training.sft_trainer import VoCoSFTTrainer
 from .loading import find_model
 
 
-EMBEDDED = "voco-scenes-tiny"
 SCENES = "voco-scenes"
 LLAVA_SUFFIXES = (".json", ".jsonl")
 
@@ -197,7 +196,7 @@ def train(args: list[str] | None = None) -> VoCoSFTTrainer:
     data, config, model = make_parser().parse_args_and_config(args, fail_with_unknown_args=True)
     if model.model_name_or_path is None:
         raise ValueError("name the model to train with --model_name_or_path")
-    name = find_model(None if model.model_name_or_path == EMBEDDED else model.model_name_or_path)
+    name = find_model(model.model_name_or_path)
     config.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.images import open_image
 
 
@@ -152,6 +152,13 @@ def model_copy(checkpoint, tmp_path) -> Path:
     for file in checkpoint.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     return model
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in Path(EMBEDDED_CHECKPOINT).parent.iterdir()))
+def test_a_model_of_the_package_by_its_name(invoke, name):
+    question = "What colour is the circle?"
+    scene = Path(__file__).parents[2] / "examples" / "scene.png"
+    assert invoke("ask", "--model", name, scene, question).stdout.strip() == "orange"
 
 
 def test_not_a_model(invoke, images, tmp_path):
