@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from datasets import Dataset, disable_progress_bars
+from PIL import Image
 from rich.console import Console
 from scenes.recipe import RECIPE
 
@@ -18,6 +19,7 @@ from voco_llama_hf.scenes.retention.distilling import (
     run_distillation,
     with_answers,
 )
+from voco_llama_hf.scenes.retention.following import Point
 from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES
 
@@ -59,12 +61,15 @@ def test_the_table_has_mean_and_spread(tmp_path):
         )
         for value in (0.5, 0.7)
     ]
-    found = Lessons({"steps": 2}, {"few answers": results})
+    curves = [[Point(1, 2.0, 0.1), Point(2, loss, 0.3)] for loss in (1.0, 1.5)]
+    found = Lessons({"steps": 2}, {"few answers": results}, {"few answers": curves})
     console = Console(file=io.StringIO(), width=100)
     found.print(console)
     assert "60.0 ±14.1" in console.file.getvalue()
     found.save(tmp_path / "found.md")
     assert (tmp_path / "found.md").read_text().splitlines()[-1] == "| few answers |" + 4 * " 60.0 ±14.1 |"
+    found.plot(tmp_path / "found.png")
+    assert Image.open(tmp_path / "found.png").width > 1000
 
 
 @pytest.mark.slow
@@ -75,6 +80,7 @@ def test_a_micro_study_asks_the_teacher_once(tmp_path):
     (path,) = tmp_path.glob("teacher-*.json")
     answers = json.loads(path.read_text())
     assert len(answers) == 6 and all(len(row) == 3 for row in answers)
+    assert all(len(curve) == 2 for (curve,) in first.curves.values())
     first.save(tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["known"] == 4
     (log,) = tmp_path.glob("few-answers-distilled-*/log.json")

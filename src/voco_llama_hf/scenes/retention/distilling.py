@@ -19,7 +19,8 @@ from ..readers import uncompressed_reader
 from ..recipe import Phase, Recipe
 from ..still import DIFFICULTIES
 from .describing import LONGEST_DESCRIPTION, OBJECTS
-from .report import origin, percent
+from .following import Curve
+from .report import origin, percent, plot_curves
 from .study import Arm, Study, fixed_arm
 
 
@@ -128,10 +129,12 @@ class Lessons:
     Args:
         about (`dict`): What was trained and asked.
         results (`dict[str, list[ScenesResults]]`): By arm, one a seed.
+        curves (`dict[str, list[Curve]]`): By arm, one a seed, what the trainings have come through.
     """
 
     about: dict[str, object]
     results: dict[str, list[ScenesResults]]
+    curves: dict[str, list[Curve]]
 
     def sheet(self) -> Sheet:
         """Objects that are named and answers that are right, in percent, by arm, of sparse and dense scenes."""
@@ -154,9 +157,13 @@ class Lessons:
             text = self.sheet().markdown_table() + "\n"
         else:
             results = {arm: [asdict(one) for one in by_seed] for arm, by_seed in self.results.items()}
-            text = json.dumps({**origin(), **self.about, "results": results}, indent=2) + "\n"
+            text = json.dumps({**origin(), **self.about, "results": results, "curves": self.curves}, indent=2) + "\n"
         with written_aside(path) as part:
             part.write_text(text)
+
+    def plot(self, path: Path) -> None:
+        """Draws the courses of the trainings."""
+        plot_curves(self.curves, path)
 
 
 def run_distillation(
@@ -187,4 +194,4 @@ def run_distillation(
         "known": study.known,
         "unknown": study.unknown,
     }
-    return Lessons(about, results)
+    return Lessons(about, results, {arm.name: [study.curve(arm, seed) for seed in seeds] for arm in arms})

@@ -154,7 +154,12 @@ class Study:
         """What the training of an arm has come through."""
         rate = learning_rate or self.learning_rate(arm)
         log = json.loads((self._train_at(arm, seed, rate) / "log.json").read_text())["log"]
-        return [Point(entry["step"], entry["eval_loss"], entry[EXACT_MATCH]) for entry in log if EXACT_MATCH in entry]
+        # Of what is distilled the next-token loss alone, to compare it with the others'
+        return [
+            Point(entry["step"], entry.get("eval_nll_loss", entry["eval_loss"]), entry[EXACT_MATCH])
+            for entry in log
+            if EXACT_MATCH in entry
+        ]
 
     def teacher(self) -> VoCoLlamaForConditionalGeneration:
         """The model that all arms start from."""
