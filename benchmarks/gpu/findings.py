@@ -44,7 +44,6 @@ def tiny(recipe: Recipe) -> Recipe:
         num_train_scenes=8,
         num_validation_scenes=2,
         num_test_scenes=2,
-        num_test_clips=2,
         batch_size=2,
         vision_batch_size=2,
         vision_steps=1,

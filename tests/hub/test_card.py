@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
-from modeling.helpers import build_processor, random_pixels, tiny_model
+from modeling.helpers import TILED, build_processor, random_pixels, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
@@ -117,6 +117,18 @@ def test_quick_start_runs_as_printed(folder, processor, template):
     names: dict = {}
     exec(compile(quick_start(card.content), "quick start", "exec"), names)
     # Pixels and their compressed form give one answer
+    question, (ask, cache) = "And now?", (names["ask"], names["cache"])
+    assert ask(question, images=names["image"], num_voco_tokens=1) == ask(question, voco_cache=cache)
+
+
+@pytest.mark.parametrize("kind", TILED)
+def test_quick_start_of_a_model_that_divides_images(tmp_path, kind):
+    processor = build_processor(kind)
+    model = tiny_model(voco_token_id=processor.image_token_id, **TILED[kind])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    card, names = make_card(model.config, processor, str(tmp_path)), {}
+    exec(compile(quick_start(card.content), "quick start", "exec"), names)
     question, (ask, cache) = "And now?", (names["ask"], names["cache"])
     assert ask(question, images=names["image"], num_voco_tokens=1) == ask(question, voco_cache=cache)
 

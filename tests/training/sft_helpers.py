@@ -92,3 +92,13 @@ def processor_and_model(**overrides):
 def same_weights(a, b):
     b = dict(b.named_parameters())
     return {name for name, weight in a.named_parameters() if torch.equal(weight, b[name])}
+
+
+def record_inputs(model, seen):
+    """Notes the numbers of VoCo tokens and the attention mode of every pass."""
+
+    def hook(module, args, kwargs):
+        counts = kwargs.get("num_voco_tokens")
+        seen.append((None if counts is None else counts.tolist(), kwargs.get("attention_mode")))
+
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)

@@ -4,24 +4,28 @@ import pytest
 import torch
 from datasets import disable_progress_bars
 from modeling.helpers import TILED, build_processor
-from training.sft_helpers import build_model, config, conversations, losses
+from training.sft_helpers import build_model, config, conversations, losses, record_inputs
 
 from voco_llama_hf.llava import as_llava
 from voco_llama_hf.training import VoCoSFTTrainer
+from voco_llama_hf.training.elastic import draw_num_voco_tokens
 
 
 disable_progress_bars()
 
 
-def train(tmp_path, kind, **options):
+def make_trainer(tmp_path, kind, **options):
     processor = build_processor(kind)
-    model = build_model(processor, **TILED[kind])
-    trainer = VoCoSFTTrainer(
-        model,
+    return VoCoSFTTrainer(
+        build_model(processor, **TILED[kind]),
         config(tmp_path, **options),
         train_dataset=conversations(images_per_row=(1, 2, 0)),
         processing_class=processor,
     )
+
+
+def train(tmp_path, kind, **options):
+    trainer = make_trainer(tmp_path, kind, **options)
     trainer.train()
     return trainer
 
@@ -58,12 +62,17 @@ def test_a_batch_has_the_loss_of_its_rows(tmp_path, kind):
 @pytest.mark.parametrize("kind", TILED)
 def test_voco_tokens_of_every_tile(tmp_path, kind):
     """Drawn for every step; a batch is what the processor makes of its images in tiles, in both ways of computing."""
-    trainer = train(tmp_path, kind, num_voco_tokens_per_tile=[2, 1, 3], two_stages=True, freeze=[], max_steps=3)
-    assert len(losses(trainer)) == 3 and all(loss == loss and loss > 0 for loss in losses(trainer))
+    trainer = make_trainer(tmp_path, kind, num_voco_tokens_per_tile=[2, 1, 3], two_stages=True, freeze=[], max_steps=6)
+    seen = []
+    record_inputs(trainer.model, seen)
+    trainer.train()
+    assert len(losses(trainer)) == 6 and all(loss == loss and loss > 0 for loss in losses(trainer))
+    drawn = [draw_num_voco_tokens([2, 1, 3], trainer.args.seed, step) for step in range(6)]
+    assert set(drawn) == {1, 2, 3} and [set(counts) for counts, _ in seen] == [{k} for k in drawn]
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(batch["num_voco_tokens"].tolist()) == {3}
     model, processor = trainer.model.eval(), trainer.processing_class
-    assert processor.num_voco_tokens == model.config.num_voco_tokens == 2
+    assert processor.num_voco_tokens == model.config.num_voco_tokens == 1  # of a whole image, which is another thing
     images = [image for row in trainer.train_dataset.select(range(2)) for image in row["images"]]
     expected = processor(images=images, num_voco_tokens_per_tile=3, return_tensors="pt")
     batch = trainer.data_collator(list(trainer.train_dataset.select(range(2))))

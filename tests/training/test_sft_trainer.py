@@ -12,6 +12,7 @@ from training.sft_helpers import (
     make_trainer,
     noise_image,
     processor_and_model,
+    record_inputs,
     same_weights,
 )
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
@@ -25,14 +26,6 @@ from voco_llama_hf.training.sft_trainer import print_trainable_parameters
 
 
 disable_progress_bars()
-
-
-def record_inputs(model, seen):
-    def hook(module, args, kwargs):
-        counts = kwargs.get("num_voco_tokens")
-        seen.append((None if counts is None else counts.tolist(), kwargs.get("attention_mode")))
-
-    model.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @pytest.mark.parametrize(

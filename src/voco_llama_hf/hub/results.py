@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult
 
 TASK = "image-text-to-text"
 UNCOMPRESSED = "uncompressed"
+PER_TILE = "num_voco_tokens_per_tile"
 BLIND = "blind"
 SCENES, VIDEOS = "voco-scenes", "voco-scenes-videos"
 
@@ -22,6 +23,7 @@ def eval_result(
     num_voco_tokens: int | None,
     config: str | None = None,
     split: str | None = None,
+    per_tile: bool = False,
 ) -> EvalResult:
     """
     One figure of a model.
@@ -37,9 +39,14 @@ def eval_result(
             VoCo tokens that an image was read from; `None` for uncompressed images.
         config, split (`str`, *optional*):
             Part of the data.
+        per_tile (`bool`, *optional*, defaults to `False`):
+            Whether each tile of an image had so many.
     """
-    args = {"attention_mode": UNCOMPRESSED}
-    reading = UNCOMPRESSED if num_voco_tokens is None else f"k={num_voco_tokens}"
+    args: dict[str, Any] = {"attention_mode": UNCOMPRESSED}
+    reading = UNCOMPRESSED
+    if num_voco_tokens is not None:
+        args = {PER_TILE if per_tile else "num_voco_tokens": num_voco_tokens}
+        reading = f"k={num_voco_tokens}{' of every tile' if per_tile else ''}"
     return EvalResult(
         task_type=TASK,
         dataset_type=dataset,
@@ -49,7 +56,7 @@ def eval_result(
         metric_type=metric,
         metric_name=f"{metric.replace('_', ' ')}, {reading}",
         metric_value=round(value, 4),
-        metric_args=args if num_voco_tokens is None else {"num_voco_tokens": num_voco_tokens},
+        metric_args=args,
     )
 
 
@@ -170,6 +177,8 @@ def reading_of(figure: EvalResult) -> str:
     args = figure.metric_args or {}
     if "num_voco_tokens" in args:
         return f"k = {args['num_voco_tokens']}"
+    if PER_TILE in args:
+        return f"k = {args[PER_TILE]} of every tile"
     return str(args.get("attention_mode", ""))
 
 

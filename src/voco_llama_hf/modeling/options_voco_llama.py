@@ -107,8 +107,6 @@ class ProcessorOptions:
         validate_typed_dict(VoCoLlamaImagesKwargs, numbers)  # type: ignore[type-var]
         if numbers["num_voco_tokens"] is not None and numbers["num_voco_tokens_per_tile"] is not None:
             raise ValueError("pass num_voco_tokens of an image, or num_voco_tokens_per_tile, not both")
-        if numbers["num_voco_tokens"] is None and numbers["num_voco_tokens_per_tile"] is None:
-            numbers["num_voco_tokens_per_tile"] = processor.num_voco_tokens_per_tile
         return cls(
             return_text_replacement_offsets=bool(text.pop("return_text_replacement_offsets", False)),
             return_mm_token_type_ids=bool(text.pop("return_mm_token_type_ids", False)),

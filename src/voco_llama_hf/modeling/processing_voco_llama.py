@@ -172,6 +172,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
         pixels: dict[str, Any] = {}
         if voco_cache is None:
             pictures, groups, are_frames = self._load(images, videos, placeholders, options.sampling)
+            if pictures and options.numbers is None:
+                options.num_voco_tokens_per_tile = self.num_voco_tokens_per_tile
             apart = options.num_voco_tokens_per_tile is not None
             pixels, numbers = self._process(pictures, are_frames, apart, **options.images)
             by_picture = iter(numbers)

@@ -21,6 +21,7 @@ from ..loading import load_model, load_processor
 from ..modeling import VoCoCache
 from ..modeling.cache_voco_llama import digest
 from ..modeling.images_voco_llama import to_rgb
+from ..modeling.layout_voco_llama import per_image_counts
 from ..modeling.processing_voco_llama import check_num_voco_tokens
 from ..modeling.tiled_processing_voco_llama import check_divides_images
 from ..pictures import prepare
@@ -103,7 +104,7 @@ class VoCoCompressor:
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type to run in, by default that of the checkpoint.
         num_voco_tokens_per_tile (`int`, *optional*):
-            VoCo tokens of every tile of an image, instead of `num_voco_tokens`.
+            VoCo tokens of every tile of an image, and of every frame, instead of `num_voco_tokens`.
 
     Raises:
         ValueError: if there is no such model, it cannot have so many VoCo tokens, or it divides no images into tiles.
@@ -144,7 +145,8 @@ class VoCoCompressor:
         per_tile = num_voco_tokens_per_tile is not None
         if per_tile:
             check_divides_images(self.processor.image_processor)
-        self.num_voco_tokens = num_voco_tokens_per_tile or num_voco_tokens or self.processor.num_voco_tokens
+        given = num_voco_tokens if num_voco_tokens_per_tile is None else num_voco_tokens_per_tile
+        (self.num_voco_tokens,) = per_image_counts(self.processor.num_voco_tokens if given is None else given, 1)
         check_num_voco_tokens([self.num_voco_tokens])
         self.sampling = Sampling(num_frames or (self.processor.num_frames if fps is None else None), fps, per_tile)
         self.batch_size, self.num_threads, self.eight_bit = batch_size, num_threads, eight_bit

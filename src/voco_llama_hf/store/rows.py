@@ -161,7 +161,10 @@ def cache_from_row(row: Mapping[str, Any]) -> VoCoCache:
     >>> cache = cache_from_row(row)
     >>> inputs = processor(text="<image>\\nWhat is this?", voco_cache=cache, return_tensors="pt")
     >>> model.generate(**inputs, voco_cache=cache)
-    ```"""
+    ```
+
+    A row whose `sampling` is `"tiles"` is one image of several entries: the processor is told so by
+    `num_tiles=len(cache)`."""
     return from_row(row).unpack()
 
 

@@ -88,11 +88,12 @@ def training_results(trainer: VoCoSFTTrainer, dataset_name: str | None, split: s
     choices = trainer.args.choices or [bare(trainer.model).config.num_voco_tokens]
     if dataset_name is None or not evaluated:
         return []
+    per_tile = trainer.args.num_voco_tokens_per_tile is not None
     # A path says more of this machine than of the data
     label = dataset_name if is_on_hub(dataset_name) else Path(dataset_name).name
     # An evaluation reads with the first choice
     return [
-        eval_result(label, metric, scale * evaluated[-1][key], choices[0] or None, split=split)
+        eval_result(label, metric, scale * evaluated[-1][key], choices[0] or None, split=split, per_tile=per_tile)
         for key, (metric, scale) in EVALUATED.items()
         if math.isfinite(evaluated[-1].get(key, math.nan))
     ]

@@ -23,8 +23,10 @@ class VoCoSFTConfig(SFTConfig):
             twice as often. Evaluation uses the first number, and so do the saved model and processor by default.
             Unset, every step uses `model.config.num_voco_tokens`.
         num_voco_tokens_per_tile (`list[int]`, *optional*):
-            The same of every tile, where images are divided into tiles, instead of `num_voco_tokens`. Each tile is
-            compressed on its own, so there is no step that reads the uncompressed image, and no distillation from it.
+            Numbers of VoCo tokens of every tile to draw from, where images are divided into tiles, instead of
+            `num_voco_tokens`. Each tile is compressed on its own, so no step reads the uncompressed image, and none is
+            distilled from it. The saved model is to be asked with this argument as well: what it reads without is the
+            image as a whole. Not with a data collator of one's own.
         two_stages (`bool`, *optional*, defaults to `False`):
             Compress all images of a batch together, and let the text read what is left of them, instead of running
             long sequences with all vision tokens: less work for rows of several images or of many frames. Not with

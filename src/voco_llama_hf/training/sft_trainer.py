@@ -66,7 +66,8 @@ class VoCoSFTTrainer(SFTTrainer):
 
     Raises:
         TypeError: if `args` is no [`VoCoSFTConfig`].
-        ValueError: if `args.freeze` names nothing in the model, or the teacher does not fit.
+        ValueError: if `args.freeze` names nothing in the model, the teacher does not fit, or tiles are to have VoCo
+            tokens and images are not divided.
 
     Example:
 
@@ -121,8 +122,10 @@ class VoCoSFTTrainer(SFTTrainer):
             warn_if_voco_is_not_trained(self.model)
         if args.num_voco_tokens_per_tile is not None:
             check_divides_images(self.processing_class.image_processor)
-        if args.choices is not None and args.choices[0] > 0:
-            self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.choices[0]
+            if data_collator is not None:
+                raise ValueError("num_voco_tokens_per_tile needs this trainer's data collator, which divides images")
+        if args.num_voco_tokens is not None and args.num_voco_tokens[0] > 0:
+            self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.num_voco_tokens[0]
         if data_collator is None and self._is_vision_dataset:
             self.data_collator = self._widest_collator(self.data_collator)
         self.teacher_model = self._prepare_teacher(teacher_model) if args.distillation_weight > 0 else None
@@ -138,10 +141,10 @@ class VoCoSFTTrainer(SFTTrainer):
         """A collator that makes as many VoCo tokens as any step may ask for."""
         options: dict[str, Any] = {field.name: getattr(collator, field.name) for field in fields(collator)}
         processor = options["processor"] = copy.copy(self.processing_class)
-        if self.args.choices is not None:
-            processor.num_voco_tokens = max(1, *self.args.choices)
+        if self.args.num_voco_tokens is not None:
+            processor.num_voco_tokens = max(1, *self.args.num_voco_tokens)
         if self.args.num_voco_tokens_per_tile is not None:
-            processor.num_voco_tokens_per_tile = processor.num_voco_tokens
+            processor.num_voco_tokens_per_tile = max(self.args.num_voco_tokens_per_tile)
         return VoCoDataCollator(**options, always_images=self._is_distributed)
 
     # Private, but what trainers of other data override since LLaVA's own

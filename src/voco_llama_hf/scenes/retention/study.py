@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
+from ...files import written_aside
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..data import phase_rows
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
@@ -125,8 +126,18 @@ class Study:
         return VoCoLlamaProcessor.from_pretrained(self.start)
 
     def prepare(self) -> None:
-        """Trains the model that all arms start from, unless it is there."""
+        """
+        Trains the model that all arms start from, unless it is there.
+
+        Raises:
+            ValueError: if the folder holds what started otherwise.
+        """
         self.work_dir.mkdir(parents=True, exist_ok=True)
+        path, base = self.work_dir / "base.json", json.dumps(asdict(self.base), indent=2)
+        if path.read_text() != base if path.exists() else any(self.work_dir.iterdir()):
+            raise ValueError(f"{self.work_dir} holds trainings that started otherwise: choose another folder")
+        with written_aside(path) as part:
+            part.write_text(base)
         if self.trained_base is None:
             train(self.base, self.work_dir, self.compile)
 

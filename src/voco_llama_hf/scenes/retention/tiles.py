@@ -46,7 +46,7 @@ class TileArm:
 
     @property
     def folder(self) -> str:
-        return self.name.replace(",", "").replace(" ", "-")
+        return f"{self.name}-at-{'-'.join(map(str, self.num_voco_tokens))}".replace(",", "").replace(" ", "-")
 
 
 def make_arms(k: int, num_tiles: int) -> tuple[TileArm, ...]:
