@@ -70,6 +70,7 @@ class StudySize(StrEnum):
     """Sizes of the studies that train."""
 
     mini = "mini"
+    small = "small"
     scenes_64 = "scenes-64"
 
 
@@ -130,8 +131,8 @@ def evaluate(
     size: Annotated[
         StudySize,
         typer.Option(
-            help="Of what trains: how large everything is. mini: 16 vision tokens and up to four objects, two or "
-            "three minutes an arm on one CPU core. scenes-64: 64 vision tokens and denser scenes, hours."
+            help="Of what trains: how large everything is. mini: 16 vision tokens and up to four objects, a minute or "
+            "two an arm on one CPU core. small: the same with a deeper model, two or three minutes. scenes-64: 64 vision tokens and denser scenes, hours."
         ),
     ] = StudySize.mini,
     steps: Annotated[

@@ -34,7 +34,7 @@ MINI_SIZE = Size(
     Recipe(
         phases=(
             Phase("description", 250, 3e-3, "constant_with_warmup", (0,), questions=2, describe=True, single=True),
-            Phase("uncompressed", 3000, 2e-3, "cosine", (0,), questions=6, describe=True, single=True),
+            Phase("uncompressed", 2400, 3e-3, "cosine", (0,), questions=2, describe=True, single=True),
         ),
         canvas=MINI,
         num_train_scenes=20_000,
@@ -44,17 +44,31 @@ MINI_SIZE = Size(
         vision_steps=800,
         vision_layers=3,
         vision_width=128,
-        text_layers=6,
+        text_layers=3,
         text_width=128,
         num_workers=0,
         keep_rows=True,
     ),
     steps=600,
+    questions=2,
     learning_rates=(2e-3,),
+)
+# The same scenes, read by a language model of twice the depth, which has been asked three times as much
+SMALL_SIZE = replace(
+    MINI_SIZE,
+    base=replace(
+        MINI_SIZE.base,
+        phases=(
+            MINI_SIZE.base.phases[0],
+            Phase("uncompressed", 3000, 2e-3, "cosine", (0,), questions=6, describe=True, single=True),
+        ),
+        text_layers=6,
+    ),
+    questions=6,
 )
 # 64 vision tokens, up to nine objects: hours
 SCENES_64_SIZE = Size()
-SIZES = {"mini": MINI_SIZE, "scenes-64": SCENES_64_SIZE}
+SIZES = {"mini": MINI_SIZE, "small": SMALL_SIZE, "scenes-64": SCENES_64_SIZE}
 
 
 def sized(name: str, steps: int | None = None) -> Size:
