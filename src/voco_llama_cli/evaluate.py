@@ -132,7 +132,8 @@ def evaluate(
         StudySize,
         typer.Option(
             help="Of what trains: how large everything is. mini: 16 vision tokens and up to four objects, a minute or "
-            "two an arm on one CPU core. small: the same with a deeper model, two or three minutes. scenes-64: 64 vision tokens and denser scenes, hours."
+            "two an arm on one CPU core. small: the same with a deeper model, two or three minutes. scenes-64: 64 "
+            "vision tokens and denser scenes, hours."
         ),
     ] = StudySize.mini,
     steps: Annotated[
