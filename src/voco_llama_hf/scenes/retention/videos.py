@@ -27,6 +27,7 @@ from ..running import phase_options
 from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
 from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
+from .report import origin
 from .report import percent as mean_percent
 from .study import Arm, Study
 
@@ -198,7 +199,11 @@ class VideoComparison:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
-        text = self.to_markdown() if path.suffix.lower() == ".md" else json.dumps(asdict(self), indent=2) + "\n"
+        text = (
+            self.to_markdown()
+            if path.suffix.lower() == ".md"
+            else json.dumps({**origin(), **asdict(self)}, indent=2) + "\n"
+        )
         with written_aside(path) as part:
             part.write_text(text)
 
