@@ -135,7 +135,7 @@ def evaluate(
             "two an arm on one CPU core. small: the same with a deeper model, two or three minutes. scenes-64: 64 "
             "vision tokens and denser scenes, hours."
         ),
-    ] = StudySize.mini,
+    ] = StudySize.small,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Of what trains: steps that everything is trained for, by default as the size."),

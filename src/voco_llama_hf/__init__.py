@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 EMBEDDED_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "voco-scenes-tiny")
+# The same scenes at 576 vision tokens an image; no videos
+EMBEDDED_CHECKPOINT_576 = str(Path(__file__).parent / "checkpoints" / "voco-scenes-576")
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +33,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "EMBEDDED_CHECKPOINT",
+    "EMBEDDED_CHECKPOINT_576",
     "ConversionReport",
     "VoCoCache",
     "VoCoLlamaConfig",

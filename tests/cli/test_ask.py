@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.images import open_image
 
 
@@ -154,11 +154,12 @@ def model_copy(checkpoint, tmp_path) -> Path:
     return model
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in Path(EMBEDDED_CHECKPOINT).parent.iterdir()))
-def test_a_model_of_the_package_by_its_name(invoke, name):
-    question = "What colour is the circle?"
-    scene = Path(__file__).parents[2] / "examples" / "scene.png"
-    assert invoke("ask", "--model", name, scene, question).stdout.strip() == "orange"
+def test_a_model_of_the_package_by_its_name(invoke):
+    example = json.loads((EXAMPLES / "twelve_objects.json").read_text())["questions"]
+    ask = ["ask", "--model", "voco-scenes-576", EXAMPLES / "twelve_objects.png", "-k", 1]
+    # One question of every family, read from one token instead of 576
+    assert [invoke(*ask, row["question"]).stdout.strip() for row in example] == [row["answer"] for row in example]
+    assert "576 vision -> 1 VoCo" in " ".join(invoke(*ask, "--stats", example[0]["question"]).stderr.split())
 
 
 def test_not_a_model(invoke, images, tmp_path):

@@ -18,6 +18,7 @@ SHIPPED = (
     "optimum/commands/register/register_voco_llama.py",
     "voco_llama_hf/checkpoints/voco-scenes-tiny/model.safetensors",
     "voco_llama_hf/checkpoints/voco-scenes-tiny/chat_template.jinja",
+    "voco_llama_hf/checkpoints/voco-scenes-576/model.safetensors",
     "voco_llama_hf/py.typed",
     "voco_llama_cli/py.typed",
     "voco_llama_hf/hub/model_card.md",

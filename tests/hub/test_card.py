@@ -13,7 +13,7 @@ from modeling.helpers import TILED, build_processor, random_pixels, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
 
-from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaConfig
+from voco_llama_hf import EMBEDDED_CHECKPOINT, EMBEDDED_CHECKPOINT_576, VoCoLlamaConfig
 from voco_llama_hf.hub import eval_result, make_card, write_card
 from voco_llama_hf.hub.card import PICTURE, merge_sections, scaled
 from voco_llama_hf.hub.cost import CostModel
@@ -133,26 +133,29 @@ def test_quick_start_of_a_model_that_divides_images(tmp_path, kind):
     assert ask(question, images=names["image"], num_voco_tokens=1) == ask(question, voco_cache=cache)
 
 
-def test_card_of_the_embedded_checkpoint(monkeypatch, capsys):
-    card = ModelCard.load(f"{EMBEDDED_CHECKPOINT}/README.md")
+@pytest.mark.parametrize("checkpoint", [EMBEDDED_CHECKPOINT, EMBEDDED_CHECKPOINT_576])
+def test_card_of_a_checkpoint_of_the_package(monkeypatch, capsys, checkpoint):
+    card = ModelCard.load(f"{checkpoint}/README.md")
     monkeypatch.chdir(ROOT)
     exec(compile(quick_start(card.content), "quick start", "exec"), {})
     assert re.findall(r"^red$", capsys.readouterr().out, re.MULTILINE) == ["red", "red"]
     assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-text-to-text"
-    results = json.loads(Path(EMBEDDED_CHECKPOINT, "results.json").read_text())["test"]["accuracy"]
+    results = json.loads(Path(checkpoint, "results.json").read_text())
+    scenes = results["test"]["accuracy"]
     figures = {
         (figure.dataset_config, figure.metric_args.get("num_voco_tokens")): figure.metric_value
         for figure in card.data.eval_results
         if figure.metric_type == "exact_match"
     }
-    assert figures["dense", 1] == round(100 * results["k=1"]["dense"]["all"], 4)
-    assert figures["sparse", None] == round(100 * results["uncompressed"]["sparse"]["all"], 4)
-    videos = json.loads(Path(EMBEDDED_CHECKPOINT, "results.json").read_text())["videos"]["accuracy"]
-    assert figures["temporal", 2] == round(100 * videos["k=2"]["all frames"]["temporal"], 4)
-    row = " | ".join(f"{100 * reading['temporal']:.1f}" for reading in videos["k=2"].values())
-    assert f"| k = 2 | {row} |" in card.text
+    assert figures["dense", 1] == round(100 * scenes["k=1"]["dense"]["all"], 4)
+    assert figures["sparse", None] == round(100 * scenes["uncompressed"]["sparse"]["all"], 4)
+    if "videos" in results:
+        videos = results["videos"]["accuracy"]
+        assert figures["temporal", 2] == round(100 * videos["k=2"]["all frames"]["temporal"], 4)
+        row = " | ".join(f"{100 * reading['temporal']:.1f}" for reading in videos["k=2"].values())
+        assert f"| k = 2 | {row} |" in card.text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
-        assert Path(EMBEDDED_CHECKPOINT, picture).is_file()
+        assert Path(checkpoint, picture).is_file()
     assert PICTURE.read_bytes() == (ROOT / "docs" / "source" / "images" / "attention.png").read_bytes()
 
 

@@ -56,7 +56,8 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     write_weights(finals[-1], part)
     summary = {
-        "recipe": asdict(recipe),
+        # Of what it started from, the name: a path is one of this machine
+        "recipe": {**asdict(recipe), "start": recipe.start and Path(recipe.start).name},
         "train_seconds": round(sum(log["seconds"] for log in logs)),
         **measure(part, recipe),
     }

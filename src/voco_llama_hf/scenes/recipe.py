@@ -157,6 +157,7 @@ SCENES_576 = Recipe(
     start=EMBEDDED_CHECKPOINT,
     attention="sdpa",
     num_validation_scenes=96,
+    num_test_scenes=400,
     dense_share=0.5,
     batch_size=16,
     vision_batch_size=16,
