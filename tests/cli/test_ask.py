@@ -155,8 +155,10 @@ def model_copy(checkpoint, tmp_path) -> Path:
 
 
 def test_a_model_of_the_package_by_its_name(invoke):
-    example = json.loads((EXAMPLES / "twelve_objects.json").read_text())["questions"]
-    ask = ["ask", "--model", "voco-scenes-576", EXAMPLES / "twelve_objects.png", "-k", 1]
+    root = EXAMPLES.parent
+    example = json.loads((root / "tests" / "fixtures" / "twelve_objects.json").read_text())["questions"]
+    picture = root / "docs" / "source" / "images" / "twelve_objects.png"
+    ask = ["ask", "--model", "voco-scenes-576", picture, "-k", 1]
     # One question of every family, read from one token instead of 576
     assert [invoke(*ask, row["question"]).stdout.strip() for row in example] == [row["answer"] for row in example]
     assert "576 vision -> 1 VoCo" in " ".join(invoke(*ask, "--stats", example[0]["question"]).stderr.split())

@@ -151,7 +151,7 @@ def check_training_flags(args: list[str]) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page(path, tmp_path, monkeypatch, transformers_verbosity):
-    for name in ("examples", "benchmarks"):
+    for name in ("examples", "benchmarks", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
