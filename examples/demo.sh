@@ -22,3 +22,7 @@ run compress examples/scene.png --num-voco-tokens 2 --output "$stored/scene.safe
 echo
 echo "From here on nobody needs the picture:"
 run ask --cache "$stored/scene.safetensors" "Where is the orange circle?"
+echo
+echo "The other model of the package reads pictures of 576 vision tokens, as many as LLaVA-1.5 has, through 1 VoCo token:"
+run ask --model voco-scenes-576 docs/source/images/twelve_objects.png "How many objects are there?" \
+    --num-voco-tokens 1 --stats
