@@ -114,7 +114,7 @@ def make_table(arms: tuple[TileArm, ...], results: dict[str, ScenesResults], stu
 def draw(arms: tuple[TileArm, ...], results: dict[str, ScenesResults], study: TileStudy) -> Figure:
     """A group of bars for all questions, and for those that need to see what is small."""
     found = rows(arms, results, study.num_tiles)
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     (panel,) = add_panels(figure, [f"{study.steps * study.rounds} steps"], SHOWN)
     colours = {arm.name: f"C{i}" for i, arm in enumerate(arms)}
     for i, (name, _, tokens, scores, shuffled) in enumerate(found):
