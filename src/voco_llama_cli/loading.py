@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Of a whole model, and of PEFT adapters
 CONFIG_FILES = ("config.json", "adapter_config.json")
-SHIPPED = Path(__file__).parents[1] / "voco_llama_hf" / "checkpoints"
+PACKAGE = Path(__file__).parents[1] / "voco_llama_hf"
+SHIPPED = PACKAGE / "checkpoints"
 
 
 def find_model(name: str | None) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 import typer
 
 from .errors import UsageProblem
+from .loading import PACKAGE
 from .options import check_train_extra
 
 
 TRAIN_EXTRA = ("datasets", "ijson", "peft", "trl")
-PACKAGE = Path(__file__).parents[1] / "voco_llama_hf"
 # Everything is TRL's parser's, --help too
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 

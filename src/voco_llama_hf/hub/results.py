@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..pictures import name_number
+
 
 TASK = "image-text-to-text"
 UNCOMPRESSED = "uncompressed"
@@ -45,7 +47,7 @@ def eval_result(
     args: dict[str, Any] = {"attention_mode": UNCOMPRESSED}
     reading = UNCOMPRESSED
     if num_voco_tokens is not None:
-        args = {PER_TILE if per_tile else "num_voco_tokens": num_voco_tokens}
+        args = name_number(num_voco_tokens, per_tile)
         reading = f"k={num_voco_tokens}{' of every tile' if per_tile else ''}"
     return EvalResult(
         task_type=TASK,

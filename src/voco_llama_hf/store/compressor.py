@@ -145,7 +145,7 @@ class VoCoCompressor:
         per_tile = num_voco_tokens_per_tile is not None
         if per_tile:
             check_divides_images(self.processor.image_processor)
-        given = num_voco_tokens if num_voco_tokens_per_tile is None else num_voco_tokens_per_tile
+        given = num_voco_tokens_per_tile if per_tile else num_voco_tokens
         (self.num_voco_tokens,) = per_image_counts(self.processor.num_voco_tokens if given is None else given, 1)
         check_num_voco_tokens([self.num_voco_tokens])
         self.sampling = Sampling(num_frames or (self.processor.num_frames if fps is None else None), fps, per_tile)

@@ -21,8 +21,23 @@ TILES = "tiles"  # the sampling of an image of which every tile has VoCo tokens 
 OTHER_COLOURS = ("P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa", "La")
 
 
+class Sampled:
+    """What the sampling of an image or a video tells."""
+
+    sampling: str
+
+    @property
+    def is_video(self) -> bool:
+        return not self.is_in_tiles and self.sampling != ""
+
+    @property
+    def is_in_tiles(self) -> bool:
+        """Whether it is an image of which every tile has VoCo tokens of its own."""
+        return self.sampling == TILES
+
+
 @dataclass(frozen=True)
-class Content:
+class Content(Sampled):
     """
     An image or a video that goes into a [`VoCoStore`].
 
@@ -48,10 +63,6 @@ class Content:
     size: int = 0
     mtime_ns: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_video(self) -> bool:
-        return self.sampling not in ("", TILES)
 
     @classmethod
     def of_file(cls, path: str | os.PathLike, sampling: str = "", metadata: dict[str, Any] | None = None) -> "Content":

@@ -19,7 +19,7 @@ import torch
 from ..files import inside, remove_abandoned
 from ..modeling.cache_voco_llama import VoCoCache, digest
 from ..modeling.fingerprint_voco_llama import check_fingerprint
-from .content import TILES, Content
+from .content import Content, Sampled
 from .errors import DamagedError
 from .index import DamagedRow, Index, Row
 from .places import INDEX, SHARDS, LocalPlace, Place, RemotePlace, is_url
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Sampled):
     """
     What a [`VoCoStore`] holds of an image or a video.
 
@@ -60,15 +60,6 @@ class Entry:
     metadata: dict[str, Any]
     added: str
     sources: tuple[str, ...]
-
-    @property
-    def is_video(self) -> bool:
-        return not self.is_in_tiles and self.sampling != ""
-
-    @property
-    def is_in_tiles(self) -> bool:
-        """Whether it is an image of which every tile has VoCo tokens of its own."""
-        return self.sampling == TILES
 
 
 class VoCoStore:

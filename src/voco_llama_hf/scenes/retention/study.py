@@ -134,10 +134,11 @@ class Study:
         """
         self.work_dir.mkdir(parents=True, exist_ok=True)
         path, base = self.work_dir / "base.json", json.dumps(asdict(self.base), indent=2)
-        if path.read_text() != base if path.exists() else any(self.work_dir.iterdir()):
+        if not any(self.work_dir.iterdir()):
+            with written_aside(path) as part:
+                part.write_text(base)
+        elif not path.exists() or path.read_text() != base:
             raise ValueError(f"{self.work_dir} holds trainings that started otherwise: choose another folder")
-        with written_aside(path) as part:
-            part.write_text(base)
         if self.trained_base is None:
             train(self.base, self.work_dir, self.compile)
 

@@ -199,11 +199,10 @@ class VideoComparison:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
-        text = (
-            self.to_markdown()
-            if path.suffix.lower() == ".md"
-            else json.dumps({**origin(), **asdict(self)}, indent=2) + "\n"
-        )
+        if path.suffix.lower() == ".md":
+            text = self.to_markdown()
+        else:
+            text = json.dumps({**origin(), **asdict(self)}, indent=2) + "\n"
         with written_aside(path) as part:
             part.write_text(text)
 
