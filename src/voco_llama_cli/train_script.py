@@ -15,7 +15,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from voco_llama_hf.scenes.still import SPLITS, make_scenes
 from voco_llama_hf.training.checkpoints import last_checkpoint
 from voco_llama_hf.training.llava_data import load_llava_data
-from voco_llama_hf.training.sft_config import VoCoSFTConfig
+from voco_llama_hf.training.sft_config import OWN_TEACHERS, VoCoSFTConfig
 from voco_llama_hf.training.sft_trainer import VoCoSFTTrainer
 
 from .loading import find_model
@@ -197,6 +197,8 @@ def train(args: list[str] | None = None) -> VoCoSFTTrainer:
     if model.model_name_or_path is None:
         raise ValueError("name the model to train with --model_name_or_path")
     name = find_model(model.model_name_or_path)
+    if config.teacher not in OWN_TEACHERS:
+        config.teacher = find_model(config.teacher)
     config.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

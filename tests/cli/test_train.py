@@ -74,6 +74,17 @@ def test_training_on_scenes_writes_a_model(invoke, tmp_path, scenes_checkpoint):
     assert answer.exit_code == 0
 
 
+def test_a_shipped_model_is_a_teacher_by_its_name(invoke, tmp_path):
+    invoke(
+        "train", "--config", "tiny", "--output_dir", tmp_path, "--teacher", "voco-scenes-tiny",
+        "--distillation_weight", 0.5, "--num_scenes", 2, "--max_steps", 1, "--per_device_train_batch_size=2",
+        "--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1,
+        "--model_name_or_path", "voco-scenes-tiny",
+    )  # fmt: skip
+    log = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert any("distillation_loss" in entry for entry in log)
+
+
 @pytest.fixture
 def llava_data(tmp_path, monkeypatch, images):
     """Rows about an image, about a video and about neither; their files lie beside the file."""
@@ -217,6 +228,7 @@ def test_accelerate_launches_what_its_configuration_says(invoke, tmp_path, scene
         (["--config", "tiny", "--num_voco_tokens", "0", "-3"], 1, "num_voco_tokens"),
         (["--config", "tiny", "--dataset_name", "none.json"], 1, "no such file: none.json"),
         (["--config", "tiny", "--model_name_or_path", "none"], 2, "no such model folder: 'none'"),
+        (["--config", "tiny", "--teacher", "none"], 2, "no such model folder: 'none'"),
     ],
 )
 def test_bad_arguments_are_one_line(invoke, args, exit_code, message):

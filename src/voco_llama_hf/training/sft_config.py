@@ -10,6 +10,9 @@ from trl import SFTConfig
 from .precision import is_bfloat16_fast
 
 
+OWN_TEACHERS = ("self", "adapter")  # readings of the model that is trained
+
+
 @dataclass
 class VoCoSFTConfig(SFTConfig):
     r"""

@@ -34,7 +34,7 @@ from .distillation import (
 from .elastic import draw_num_voco_tokens, keep_voco_tokens
 from .model_card import without_automatic_card, write_training_card
 from .sampling import EpochCallback, ModalityLengthSampler
-from .sft_config import VoCoSFTConfig
+from .sft_config import OWN_TEACHERS, VoCoSFTConfig
 from .voco_embedding import warn_if_voco_is_not_trained, with_voco_embedding
 
 
@@ -188,7 +188,7 @@ class VoCoSFTTrainer(SFTTrainer):
         if teacher is None:
             if self.args.teacher == "adapter" and not isinstance(self.model, PeftModel):
                 raise ValueError('teacher="adapter" needs a model with PEFT adapters: pass a peft_config')
-            if self.args.teacher in ("self", "adapter"):
+            if self.args.teacher in OWN_TEACHERS:
                 return None
             teacher = load_teacher(self.args.teacher, bare(self.model).config, dtype=bare(self.model).dtype)
         teacher.requires_grad_(False)
