@@ -105,6 +105,21 @@ def test_the_description_tells_every_frame():
                 assert told[pair[0].phrase].index(word) < told[pair[1].phrase].index(word)
 
 
+def test_where_all_blink_each_is_asked_about():
+    told = []
+    for index in range(60):
+        row = make_clip("train", index, blinking=1.0)
+        states = {" ".join(part.split()[:2]): part for part in row["description"].split(", ")}
+        turns = [turn["content"] for turn in row["messages"]]
+        for phrase, state in states.items():
+            told.append(turns[turns.index(f"How many times does the {phrase} blink?") + 1])
+            assert state.count("there gone") == int(told[-1])
+        assert 3 <= len(states) <= 5
+    assert min(told.count(answer) for answer in "123") > len(told) / 5
+    some = [make_clip("train", index, blinking=0.5)["families"] for index in range(60)]
+    assert 15 < sum(families == ["blinks", STILL] for families in some) < 45
+
+
 @pytest.mark.parametrize("canvas", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("seed", range(40))
 def test_objects_keep_apart_and_inside(seed, canvas):

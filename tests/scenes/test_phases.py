@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.scenes.building import build_model, build_processor
 from voco_llama_hf.scenes.muon import MuonWithAdamW, NoBfloat16
-from voco_llama_hf.scenes.phases import average_weights, train
+from voco_llama_hf.scenes.phases import average_weights, make_trainer, train
 from voco_llama_hf.scenes.publishing import publish
 from voco_llama_hf.scenes.recipe import SCENES_576, Phase
 from voco_llama_hf.scenes.running import phase_options, run_phase, seconds_spent
@@ -78,6 +78,22 @@ def test_muon_without_bfloat16_takes_the_same_steps():
     assert torch.nn.functional.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.999
 
 
+def test_a_phase_has_its_own_batches_scenes_and_schedule(processor, tmp_path):
+    phase = replace(RECIPE.phases[1], steps=100, decay=0.6, batch_size=3, dense_share=1.0)
+    trainer = make_trainer(build_model(processor, RECIPE), processor, RECIPE, phase, tmp_path)
+    trainer.create_optimizer_and_scheduler(phase.steps)
+    rates = []
+    for _ in range(phase.steps):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.lr_scheduler.step()
+    assert [round(rates[i] / phase.learning_rate, 3) for i in (10, 20, 40, 70, 99)] == [0.5, 1, 1, 0.5, 0.001]
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["pixel_values"].shape[0] == 3
+    told = processor.tokenizer.batch_decode(batch["input_ids"])
+    # Of five objects and more
+    assert all(text.rpartition("Describe the scene.")[2].count(",") >= 4 for text in told)
+
+
 class Zeros(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -136,7 +152,7 @@ def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_a_larger_canvas_trains_from_the_embedded_checkpoint(tmp_path):
-    phases = tuple(replace(phase, steps=1) for phase in SCENES_576.phases)
+    phases = tuple(replace(phase, steps=1, batch_size=None) for phase in SCENES_576.phases)
     small = {"batch_size": 2, "vision_batch_size": 2, "num_validation_scenes": 4}
     recipe = replace(SCENES_576, phases=phases, vision_steps=1, num_test_scenes=2, num_train_scenes=8, **small)
     train(recipe, tmp_path, compile=False)

@@ -86,7 +86,7 @@ def draw_scene(recipe: Recipe, split: str, index: int, questions: int) -> Scene:
 def draw_row(recipe: Recipe, phase: Phase, split: str, index: int) -> PhaseRow:
     """One row of [`phase_rows`]; it depends on the arguments alone."""
     if phase.videos and index % 2:
-        clip = make_clip(split, index // 2, recipe.seed, recipe.canvas)
+        clip = make_clip(split, index // 2, recipe.seed, recipe.canvas, phase.blinking)
         return {"images": clip["images"], "messages": told(clip, phase, DESCRIBE_VIDEO)}
     scene = draw_scene(recipe, split, index, phase.questions)
     messages = told(scene, phase, DESCRIBE)

@@ -98,30 +98,41 @@ def sample_clip(rng: np.random.Generator, canvas: Canvas = SMALL) -> Clip:
     happens = rng.choice(["motion", "blinking", "coming", "hiding"], size=2, replace=False).tolist()
     axis, lane = str(rng.choice(list(DIRECTIONS))), int(rng.integers(GRID))
     is_in_lane = np.arange(GRID**2) // GRID == lane if axis == "horizontal" else np.arange(GRID**2) % GRID == lane
-    cells = iter(rng.permutation(np.flatnonzero(~is_in_lane)).tolist())
-    colours = iter(rng.permutation(list(COLOURS)).tolist())
-
-    def actor() -> Actor:
-        pixels, third = int(rng.integers(canvas.moving[0], canvas.moving[1] + 1)), canvas.third
-        place = np.array(divmod(next(cells), GRID))[::-1] * third + rng.integers(1, third - pixels, 2, endpoint=True)
-        return Actor(next(colours), str(rng.choice(SHAPES)), pixels, np.tile(place, (NUM_FRAMES, 1)))
+    standing = _standing(rng, rng.permutation(np.flatnonzero(~is_in_lane)).tolist(), canvas)
 
     actors: list[Actor] = []
     coming: tuple[Actor, ...] = ()
     hidden: tuple[Actor, ...] = ()
     if "motion" in happens:
-        actors.append(_moving(rng, actor(), axis, lane, canvas))
+        actors.append(_moving(rng, next(standing), axis, lane, canvas))
     if "blinking" in happens:
-        actors.append(_blinking(rng, actor()))
+        actors.append(_blinking(rng, next(standing)))
     if "coming" in happens:
         spans = _two_spans(rng)
         away = [tuple(i for i in range(NUM_FRAMES) if i not in span) for span in spans]
-        coming = tuple(replace(actor(), away=frames) for frames in away)
+        coming = tuple(replace(next(standing), away=frames) for frames in away)
     if "hiding" in happens:
-        hidden = tuple(replace(actor(), covered=span) for span in _two_spans(rng))
-    still = [actor()] if rng.random() < 0.5 else []
+        hidden = tuple(replace(next(standing), covered=span) for span in _two_spans(rng))
+    still = [next(standing)] if rng.random() < 0.5 else []
     actors += [*coming, *hidden, *still]
     return Clip([actors[i] for i in rng.permutation(len(actors))], coming, hidden)
+
+
+def sample_blinking(rng: np.random.Generator, canvas: Canvas = SMALL) -> Clip:
+    """Draws three to five objects that all blink."""
+    standing = _standing(rng, rng.permutation(GRID**2).tolist(), canvas)
+    return Clip([_blinking(rng, next(standing)) for _ in range(rng.integers(3, 5, endpoint=True))], (), ())
+
+
+def _standing(rng: np.random.Generator, cells: list[int], canvas: Canvas) -> Iterator[Actor]:
+    """Objects that do nothing, each in a cell of its own and of its own colour, drawn when they are asked for."""
+
+    def actor(cell: int, colour: str) -> Actor:
+        pixels, third = int(rng.integers(canvas.moving[0], canvas.moving[1] + 1)), canvas.third
+        place = np.array(divmod(cell, GRID))[::-1] * third + rng.integers(1, third - pixels, 2, endpoint=True)
+        return Actor(colour, str(rng.choice(SHAPES)), pixels, np.tile(place, (NUM_FRAMES, 1)))
+
+    return map(actor, cells, rng.permutation(list(COLOURS)).tolist())
 
 
 def _moving(rng: np.random.Generator, actor: Actor, axis: str, lane: int, canvas: Canvas) -> Actor:
@@ -257,10 +268,14 @@ class ClipRow(TypedDict):
     answers: list[str]
 
 
-def make_clip(split: str, index: int, seed: int = 0, canvas: Canvas = SMALL) -> ClipRow:
-    """Makes one row of [`make_clips`]; it depends on the arguments alone."""
+def make_clip(split: str, index: int, seed: int = 0, canvas: Canvas = SMALL, blinking: float = 0.0) -> ClipRow:
+    """
+    Makes one row of [`make_clips`]; it depends on the arguments alone. In a share `blinking` of all rows every object
+    blinks.
+    """
     rng = np.random.default_rng((seed, SPLITS.index(split), index, NUM_FRAMES))
-    clip = sample_clip(rng, canvas)
+    all_blink = blinking > 0 and rng.random() < blinking
+    clip = (sample_blinking if all_blink else sample_clip)(rng, canvas)
     asked, told = [], []
     for family, questions_of in (*TEMPORAL_QUESTIONS.items(), (STILL, still_questions)):
         if pairs := list(questions_of(clip)):

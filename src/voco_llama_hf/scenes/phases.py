@@ -109,13 +109,14 @@ def make_trainer(
     The trainer of a phase, with its data, or with rows of the caller; `distillation_weight` and `teacher` are those of
     [`VoCoSFTConfig`].
     """
+    recipe = recipe.for_phase(phase)
     # Half as many rows, half of which have eight images
     batch_size = recipe.batch_size // (1 + phase.videos)
     args = VoCoSFTConfig(
         **phase_options(recipe, output_dir, phase.steps, batch_size, phase.evaluations),
         learning_rate=phase.learning_rate,
         lr_scheduler_type=phase.scheduler,
-        lr_scheduler_kwargs={"num_decay_steps": phase.steps // 3} if phase.scheduler == "warmup_stable_decay" else {},
+        lr_scheduler_kwargs=scheduler_options(phase),
         gradient_checkpointing=False,
         num_voco_tokens=list(phase.num_voco_tokens),
         two_stages=phase.two_stages,
@@ -135,6 +136,11 @@ def make_trainer(
         eval_dataset=phase_rows(recipe, phase, "validation"),
         processing_class=processor,
     )
+
+
+def scheduler_options(phase: Phase) -> dict[str, int]:
+    """What the learning rate schedule of a phase has to be told."""
+    return {"num_decay_steps": round(phase.decay * phase.steps)} if phase.scheduler == "warmup_stable_decay" else {}
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import EMBEDDED_CHECKPOINT
 from .canvas import LARGE, SMALL, Canvas
@@ -18,12 +18,15 @@ class Phase:
         steps (`int`): Number of optimizer steps.
         learning_rate (`float`): Peak learning rate.
         scheduler (`str`): Learning rate schedule after the warmup.
+        decay (`float`): Share of the steps over which `"warmup_stable_decay"` falls.
         num_voco_tokens (`tuple[int, ...]`): Numbers of VoCo tokens to draw from; 0 reads the uncompressed image.
         questions (`int`): Number of questions about each image.
         describe (`bool`): Whether a description of the scene ends every conversation: it asks for all that there is
             to see, which a compressed image learns to keep.
         single (`bool`): Whether every question sees the image and itself only.
         videos (`bool`): Whether every other row is a video; needs `single`.
+        blinking (`float`): Share of the videos in which every object blinks: of the others every second one has one
+            question about blinks, from which counting is not learned.
         two_stages (`bool`): Whether the images of a batch are compressed together, see [`VoCoSFTConfig`].
         per_tile (`bool`): Whether the numbers of VoCo tokens are those of every tile of an image; needs `single`.
         freeze (`tuple[str, ...]`): Modules that are not trained.
@@ -31,6 +34,8 @@ class Phase:
             keeps more of what they knew (Wortsman et al., 2022, WiSE-FT).
         evaluations (`int`, *optional*): How often the phase is evaluated, at equal distances, the last time at its
             end; by default every 250 steps.
+        batch_size (`int`, *optional*): Rows of a step, by default those of the recipe.
+        dense_share (`float`, *optional*): Share of dense scenes, by default that of the recipe.
     """
 
     name: str
@@ -42,11 +47,15 @@ class Phase:
     describe: bool = False
     single: bool = False
     videos: bool = False
+    blinking: float = 0.0
     two_stages: bool = False
     per_tile: bool = False
     freeze: tuple[str, ...] = ()
     share: float = 1.0
     evaluations: int | None = None
+    decay: float = 1 / 3
+    batch_size: int | None = None
+    dense_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,14 @@ class Recipe:
     def token_counts(self) -> tuple[int, ...]:
         """The numbers of VoCo tokens that the finished model was trained for."""
         return tuple(sorted(set(self.phases[-1].num_voco_tokens) - {0}))
+
+    def for_phase(self, phase: Phase) -> Recipe:
+        """The recipe with what a phase has otherwise."""
+        return replace(
+            self,
+            batch_size=self.batch_size if phase.batch_size is None else phase.batch_size,
+            dense_share=self.dense_share if phase.dense_share is None else phase.dense_share,
+        )
 
 
 # 64 vision tokens, from random weights: the embedded checkpoint
@@ -151,6 +168,22 @@ SCENES_576 = Recipe(
             single=True,
             two_stages=True,
             freeze=FROZEN_TOWER,
+        ),
+        # More steps of half as many rows, most of them with many objects, and with them more VoCo tokens
+        Phase(
+            "dense",
+            3000,
+            1.2e-3,
+            "warmup_stable_decay",
+            (*[1] * 6, 2, 4, 8, 8, 8, 0),
+            questions=12,
+            describe=True,
+            single=True,
+            two_stages=True,
+            freeze=FROZEN_TOWER,
+            decay=2 / 3,
+            batch_size=8,
+            dense_share=0.75,
         ),
     ),
     canvas=LARGE,

@@ -1,0 +1,93 @@
+"""What it takes to count: whether a model that reads images learns how often an object of a video blinks.
+
+Of ordinary videos every second one has one question about it, from which no way to shorten a frame learns counting.
+Here nine of ten have nothing but blinking objects, and each is asked about: first with a description of all that a
+frame shows, then with the questions alone; last, every second one is ordinary. Half an hour on a CPU core that is fast
+in bfloat16, once the model is trained that this starts from, that of `voco-llama evaluate --suite video-retention`.
+What an interrupted run has left is kept in the work folder.
+
+    python benchmarks/blinks.py --output benchmarks/results/blinks_small_cpu.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf.files import written_aside
+from voco_llama_hf.scenes.phases import final_dir, train, train_phase
+from voco_llama_hf.scenes.recipe import Phase
+from voco_llama_hf.scenes.retention.report import origin
+from voco_llama_hf.scenes.retention.sizes import sized
+from voco_llama_hf.scenes.retention.study import FROZEN
+from voco_llama_hf.scenes.video_evaluation import VideoResults, evaluate_videos
+
+
+def phases(k: int, described: int, counted: int, mixed: int) -> tuple[Phase, ...]:
+    """What every frame shows, then how often, then everything."""
+    common = {
+        "learning_rate": 2e-3,
+        "scheduler": "cosine",
+        "num_voco_tokens": (k,),
+        "questions": 6,
+        "single": True,
+        "videos": True,
+        "two_stages": True,
+        "freeze": FROZEN,
+        # Eight images and eight videos a step
+        "batch_size": 32,
+    }
+    return (
+        Phase(f"described-{described}-steps-k-{k}", described, describe=True, blinking=0.9, **common),
+        Phase(f"counted-{counted}-steps-k-{k}", counted, blinking=0.9, **common),
+        Phase(f"mixed-{mixed}-steps-k-{k}", mixed, blinking=0.5, **common),
+    )
+
+
+def main(
+    k: Annotated[int, typer.Option(min=1, help="VoCo tokens of a frame.")] = 2,
+    described: Annotated[int, typer.Option(min=1, help="Steps with descriptions.")] = 1000,
+    counted: Annotated[int, typer.Option(min=1, help="Steps with questions alone.")] = 1500,
+    mixed: Annotated[int, typer.Option(min=1, help="Steps with as many ordinary videos.")] = 2000,
+    limit: Annotated[int, typer.Option(min=1, help="Videos of the test split to ask about.")] = 300,
+    size: Annotated[str, typer.Option(help="Key of `SIZES`: the model to start from.")] = "small",
+    work_dir: Path = Path("runs") / "small",
+    compile: Annotated[bool, typer.Option(help="Compile the layers; needs a C++ compiler.")] = True,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
+) -> None:
+    """Train on, phase after phase, and ask after each."""
+    console = Console(width=100)
+    recipe = sized(size).base
+    console.rule("the model that this starts from")
+    train(recipe, work_dir, compile)
+    previous, results = final_dir(work_dir, recipe.phases[-1].name), {}
+    for phase in phases(k, described, counted, mixed):
+        console.rule(phase.name)
+        final = final_dir(work_dir, phase.name)
+        if not final.exists():
+            train_phase(recipe, phase, work_dir, compile, previous, final)
+        results[phase.name] = ask(final, k, limit)
+        console.print(results[phase.name].table())
+        previous = final
+    if output is not None:
+        record = {**origin(), "size": size, "k": k, "results": {name: asdict(r) for name, r in results.items()}}
+        with written_aside(output) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def ask(folder: Path, k: int, limit: int) -> VideoResults:
+    """Ordinary videos, each family of questions."""
+    model = VoCoLlamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return evaluate_videos(model, VoCoLlamaProcessor.from_pretrained(folder), "test", (k,), limit=limit)
+
+
+if __name__ == "__main__":
+    typer.run(main)
