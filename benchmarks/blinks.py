@@ -1,10 +1,10 @@
 """What it takes to count: whether a model that reads images learns how often an object of a video blinks.
 
-Of ordinary videos every second one has one question about it, from which no way to shorten a frame learns counting.
-Here nine of ten have nothing but blinking objects, and each is asked about: first with a description of all that a
-frame shows, then with the questions alone; last, every second one is ordinary. Half an hour on a CPU core that is fast
-in bfloat16, once the model is trained that this starts from, that of `voco-llama evaluate --suite video-retention`.
-What an interrupted run has left is kept in the work folder.
+Of ordinary videos every second one has one question about it, which is little to learn counting from. Here nine of ten
+have nothing but blinking objects, and each is asked about: first with a description of all that a frame shows, then
+with the questions alone; last, every second one is ordinary. Half an hour on a CPU core that is fast in bfloat16, once
+the model is trained that this starts from, that of `voco-llama evaluate --suite video-retention`, in whose folder it
+goes on. What an interrupted run has left is kept there.
 
     python benchmarks/blinks.py --output benchmarks/results/blinks_small_cpu.json
 """
@@ -22,11 +22,12 @@ from rich.console import Console
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.files import written_aside
-from voco_llama_hf.scenes.phases import final_dir, train, train_phase
+from voco_llama_hf.scenes.phases import final_dir, train_phase
 from voco_llama_hf.scenes.recipe import Phase
 from voco_llama_hf.scenes.retention.report import origin
 from voco_llama_hf.scenes.retention.sizes import sized
 from voco_llama_hf.scenes.retention.study import FROZEN
+from voco_llama_hf.scenes.retention.videos import VideoStudy
 from voco_llama_hf.scenes.video_evaluation import VideoResults, evaluate_videos
 
 
@@ -45,9 +46,9 @@ def phases(k: int, described: int, counted: int, mixed: int) -> tuple[Phase, ...
         "batch_size": 32,
     }
     return (
-        Phase(f"described-{described}-steps-k-{k}", described, describe=True, blinking=0.9, **common),
-        Phase(f"counted-{counted}-steps-k-{k}", counted, blinking=0.9, **common),
-        Phase(f"mixed-{mixed}-steps-k-{k}", mixed, blinking=0.5, **common),
+        Phase(f"described-{described}-k-{k}", described, describe=True, blinking=0.9, **common),
+        Phase(f"counted-{described}-{counted}-k-{k}", counted, blinking=0.9, **common),
+        Phase(f"mixed-{described}-{counted}-{mixed}-k-{k}", mixed, blinking=0.5, **common),
     )
 
 
@@ -58,21 +59,21 @@ def main(
     mixed: Annotated[int, typer.Option(min=1, help="Steps with as many ordinary videos.")] = 2000,
     limit: Annotated[int, typer.Option(min=1, help="Videos of the test split to ask about.")] = 300,
     size: Annotated[str, typer.Option(help="Key of `SIZES`: the model to start from.")] = "small",
-    work_dir: Path = Path("runs") / "small",
+    work_dir: Path = Path("runs") / "video-retention",
     compile: Annotated[bool, typer.Option(help="Compile the layers; needs a C++ compiler.")] = True,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
     """Train on, phase after phase, and ask after each."""
     console = Console(width=100)
-    recipe = sized(size).base
+    study = VideoStudy(work_dir, sized(size), compile=compile)
     console.rule("the model that this starts from")
-    train(recipe, work_dir, compile)
-    previous, results = final_dir(work_dir, recipe.phases[-1].name), {}
+    study.prepare()
+    previous, results = study.start, {}
     for phase in phases(k, described, counted, mixed):
         console.rule(phase.name)
         final = final_dir(work_dir, phase.name)
         if not final.exists():
-            train_phase(recipe, phase, work_dir, compile, previous, final)
+            train_phase(study.base, phase, work_dir, compile, previous, final)
         results[phase.name] = ask(final, k, limit)
         console.print(results[phase.name].table())
         previous = final

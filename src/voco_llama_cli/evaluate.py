@@ -96,7 +96,7 @@ def evaluate(
         typer.Option(
             help="scenes: how many questions about images a model answers right. videos: about short videos, with all "
             "frames, with one, and out of order. retention: what survives VoCo tokens, and other "
-            "ways to shorten an image, all trained alike from one start: hours without a GPU. video-retention: "
+            "ways to shorten an image, all trained alike from one start: an hour or two on a CPU. video-retention: "
             "the same for the frames of videos, beside pooling, a Q-Former and LLaMA-VID. distillation: what a "
             "teacher adds where few answers are known, at one VoCo token. lmms: tasks of lmms-eval at "
             "each number of VoCo tokens, uncompressed, and with the images of other questions."

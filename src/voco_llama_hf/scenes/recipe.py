@@ -26,7 +26,7 @@ class Phase:
         single (`bool`): Whether every question sees the image and itself only.
         videos (`bool`): Whether every other row is a video; needs `single`.
         blinking (`float`): Share of the videos in which every object blinks: of the others every second one has one
-            question about blinks, from which counting is not learned.
+            question about blinks, which is little to learn counting from.
         two_stages (`bool`): Whether the images of a batch are compressed together, see [`VoCoSFTConfig`].
         per_tile (`bool`): Whether the numbers of VoCo tokens are those of every tile of an image; needs `single`.
         freeze (`tuple[str, ...]`): Modules that are not trained.
