@@ -16,19 +16,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from voco_llama_hf import VoCoLlamaProcessor
 from voco_llama_hf.files import written_aside
-from voco_llama_hf.scenes.phases import final_dir, train_phase
+from voco_llama_hf.scenes.phases import load_trained, train_phase
 from voco_llama_hf.scenes.recipe import Phase
 from voco_llama_hf.scenes.retention.report import origin
 from voco_llama_hf.scenes.retention.sizes import sized
 from voco_llama_hf.scenes.retention.study import FROZEN
 from voco_llama_hf.scenes.retention.videos import VideoStudy
-from voco_llama_hf.scenes.video_evaluation import VideoResults, evaluate_videos
+from voco_llama_hf.scenes.video_evaluation import evaluate_videos
 
 
 def phases(k: int, described: int, counted: int, mixed: int) -> tuple[Phase, ...]:
@@ -47,8 +46,8 @@ def phases(k: int, described: int, counted: int, mixed: int) -> tuple[Phase, ...
     }
     return (
         Phase(f"described-{described}-k-{k}", described, describe=True, blinking=0.9, **common),
-        Phase(f"counted-{described}-{counted}-k-{k}", counted, blinking=0.9, **common),
-        Phase(f"mixed-{described}-{counted}-{mixed}-k-{k}", mixed, blinking=0.5, **common),
+        Phase(f"counted-{counted}-k-{k}", counted, blinking=0.9, **common),
+        Phase(f"mixed-{mixed}-k-{k}", mixed, blinking=0.5, **common),
     )
 
 
@@ -71,23 +70,14 @@ def main(
     previous, results = study.start, {}
     for phase in phases(k, described, counted, mixed):
         console.rule(phase.name)
-        final = final_dir(work_dir, phase.name)
-        if not final.exists():
-            train_phase(study.base, phase, work_dir, compile, previous, final)
-        results[phase.name] = ask(final, k, limit)
+        previous = train_phase(study.base, phase, work_dir, compile, previous)
+        model, processor = load_trained(previous), VoCoLlamaProcessor.from_pretrained(previous)
+        results[phase.name] = evaluate_videos(model, processor, "test", (k,), limit=limit)
         console.print(results[phase.name].table())
-        previous = final
     if output is not None:
         record = {**origin(), "size": size, "k": k, "results": {name: asdict(r) for name, r in results.items()}}
         with written_aside(output) as part:
             part.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def ask(folder: Path, k: int, limit: int) -> VideoResults:
-    """Ordinary videos, each family of questions."""
-    model = VoCoLlamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate_videos(model, VoCoLlamaProcessor.from_pretrained(folder), "test", (k,), limit=limit)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,9 @@ def evaluate(
         check_no_lmms_options(suite, tasks, include_path, upper_bound, num_frames)
         check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
     counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
-    for path in (output, plot):
+    # Of how arms are trained retention draws a second picture
+    training = plot.with_stem(f"{plot.stem}_training") if plot is not None and suite is Suite.retention else None
+    for path in (output, plot, training):
         if path is not None:
             check_output(path, force)
     check_plot(plot)
@@ -202,9 +204,9 @@ def evaluate(
     if suite not in TRAINS:
         evaluate_model(suite, model, split.value, counts, limit, batch_size or BATCH_SIZE, output, plot, device, dtype)
     else:
-        if any(option is not None for option in (model, device, dtype)):
+        if any(option is not None for option in (model, device, dtype, batch_size)):
             raise UsageProblem(
-                f"--suite {suite} trains its own models: --model, --device and --dtype do not go with it"
+                f"--suite {suite} trains its own models: --model, --device, --dtype and --batch-size do not go with it"
             )
         if suite is Suite.distillation:
             if counts != (1,):

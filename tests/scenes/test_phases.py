@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments
 from voco_llama_hf import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.scenes.building import build_model, build_processor
 from voco_llama_hf.scenes.muon import MuonWithAdamW, NoBfloat16
-from voco_llama_hf.scenes.phases import average_weights, make_trainer, train
+from voco_llama_hf.scenes.phases import VISION, average_weights, common, make_trainer, train
+from voco_llama_hf.scenes.provenance import claim, made_of
 from voco_llama_hf.scenes.publishing import publish
 from voco_llama_hf.scenes.recipe import SCENES_576, Phase
 from voco_llama_hf.scenes.running import phase_options, run_phase, seconds_spent
@@ -118,6 +119,10 @@ def test_an_interrupted_phase_goes_on_and_its_seconds_add_up(tmp_path):
     assert [entry["seconds"] for entry in again] == sorted(entry["seconds"] for entry in again)
 
 
+def names(recipe):
+    return [phase.name for phase in recipe.phases]
+
+
 @pytest.mark.slow
 def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
     work_dir, output_dir = tmp_path / "work", tmp_path / "checkpoint"
@@ -130,8 +135,10 @@ def test_a_micro_training_runs_end_to_end_and_resumes(tmp_path):
     )
     recipe = replace(RECIPE, num_test_clips=4, phases=(*RECIPE.phases, videos))
     # Killed while it wrote its first checkpoint
-    (work_dir / "voco" / "checkpoint-1").mkdir(parents=True)
+    claim(work_dir / "voco", made_of(work_dir / "uncompressed-final", common(recipe), recipe.phases[1]))
+    (work_dir / "voco" / "checkpoint-1").mkdir()
     train(recipe, work_dir, compile=False)
+    assert {path.name for path in work_dir.iterdir()} == {f"{name}-final" for name in (VISION, *names(recipe))}
     assert (work_dir / "uncompressed-final" / "model.safetensors").read_bytes() == trained
     publish(work_dir, recipe, output_dir)
 

@@ -160,6 +160,14 @@ def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
 
+    # Asked at other numbers, an arm is trained once, and what is drawn from others anew
+    more = run_study(study, (1, 2, 4), range(1), "validation", 4, report=said.append)
+    assert set(more["trained at k=2"][0].accuracy) == {"k=2"} and set(first["trained at k=2"][0].accuracy) == {
+        "k=1",
+        "k=2",
+    }
+    assert set(more["elastic"][0].accuracy) == {"k=1", "k=2", "k=4", "uncompressed"}
+
     # Seeds differ in what is trained, arms in how
     weights = [study.trained(Arm("elastic", (1, 2, 0)), seed).lm_head.weight for seed in (0, 1)]
     assert not torch.equal(*weights)

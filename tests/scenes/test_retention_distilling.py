@@ -50,7 +50,7 @@ def test_lessons_differ_in_who_answers_and_in_what_is_compared():
     few, few_distilled, words, distribution, all_answers, all_distilled = lessons()
     assert len({arm.folder for arm in lessons()}) == 6
     assert [arm.distillation_weight for arm in lessons()] == [0, 0.5, 0, 0.5, 0, 0.5]
-    assert not few.asks_teacher and not few_distilled.asks_teacher and words.asks_teacher and distribution.asks_teacher
+    assert [arm.unknown for arm in (few, few_distilled, words, distribution)] == [0, 0, 4000, 4000]
     assert not isinstance(all_answers, Lesson) and not isinstance(all_distilled, Lesson)
 
 
@@ -74,8 +74,9 @@ def test_the_table_has_mean_and_spread(tmp_path):
 
 @pytest.mark.slow
 def test_a_micro_study_asks_the_teacher_once(tmp_path):
-    study = DistillationStudy(tmp_path, Size(RECIPE, steps=2, questions=2), compile=False, known=4, unknown=6)
-    first = run_distillation(study, range(1), "validation", 4, report=lambda what: None)
+    study = DistillationStudy(tmp_path, Size(RECIPE, steps=2, questions=2), compile=False)
+    asked = {"report": lambda what: None, "known": 4, "unknown": 6}
+    first = run_distillation(study, range(1), "validation", 4, **asked)
     assert list(first.results) == [arm.name for arm in lessons()]
     (path,) = tmp_path.glob("teacher-*.json")
     answers = json.loads(path.read_text())
@@ -86,5 +87,5 @@ def test_a_micro_study_asks_the_teacher_once(tmp_path):
     (log,) = tmp_path.glob("few-answers-distilled-*/log.json")
     assert any("distillation_loss" in entry for entry in json.loads(log.read_text())["log"])
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert run_distillation(study, range(1), "validation", 4, report=lambda what: None) == first
+    assert run_distillation(study, range(1), "validation", 4, **asked) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written

@@ -183,6 +183,12 @@ def test_description_names_every_object_in_order(index, canvas):
     assert [o["cell"] for o in scene["objects"]] == sorted({o["cell"] for o in scene["objects"]})
 
 
+@pytest.mark.parametrize("index", range(3))
+def test_a_scene_is_asked_all_there_is_and_no_more(index):
+    scene = make_scene("train", index, questions_per_scene=10_000, dense_share=0.0)
+    assert 40 < len(scene["questions"]) == len(set(scene["questions"])) < 1000
+
+
 def test_families_are_those_of_the_question_makers():
     assert tuple(QUESTIONS) == FAMILIES
 

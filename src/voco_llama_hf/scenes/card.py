@@ -38,7 +38,7 @@ them out of order. *Temporal* are the questions that nobody can answer without t
 ![exact match on videos by family](videos.png)"""
 
 TRAINING = """\
-`{command}` reproduces it: `voco_llama_hf.scenes.tiny` draws the scenes, {beginning}, teaches the
+`{command}` reproduces it: `voco_llama_hf.scenes` draws the scenes, {beginning}, teaches the
 vision tower to name what lies on each patch, and then trains the model: first on uncompressed images, then under the
 VoCo mask with the number of VoCo tokens drawn anew for every step, and a share of uncompressed steps. In the end every
 question sees the VoCo tokens and itself only, so that no answer can be copied from another.{videos} The handwritten

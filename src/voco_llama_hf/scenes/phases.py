@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,16 +14,27 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ..files import new_folder
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..training import VoCoSFTConfig, VoCoSFTTrainer
 from .building import add_tokens, build_model, build_processor
 from .data import phase_rows
 from .moving import WORDS
 from .muon import MuonMixin
+from .provenance import MADE_OF, claim, is_made, made_of
 from .recipe import Phase, Recipe
-from .running import phase_options, run_phase, seconds_spent
+from .running import find_device, phase_options, run_phase, seconds_spent
 from .single_questions import SingleQuestionCollator
 from .vision import train_vision_tower
+
+
+VISION = "vision"  # name of the first phase
+# Of a recipe: what is asked at the end, what each phase has of its own, and how the work is done
+NOT_DECISIVE = (
+    *("num_test_clips", "num_validation_scenes", "num_test_scenes"),
+    *("phases", "start"),
+    *("save_steps", "num_workers", "keep_rows"),
+)
 
 
 class PhaseLog(TypedDict):
@@ -50,15 +63,13 @@ def train(recipe: Recipe, work_dir: Path, compile: bool = True) -> None:
         recipe ([`Recipe`]): What to train.
         work_dir (`Path`): Folder of checkpoints and logs.
         compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
+
+    Raises:
+        ValueError: if `work_dir` holds a training of another recipe.
     """
-    previous = final_dir(work_dir, "vision")
-    if not previous.exists():
-        train_tower(recipe, work_dir, compile, previous)
+    previous = train_tower(recipe, work_dir, compile)
     for phase in recipe.phases:
-        final = final_dir(work_dir, phase.name)
-        if not final.exists():
-            train_phase(recipe, phase, work_dir, compile, previous, final)
-        previous = final
+        previous = train_phase(recipe, phase, work_dir, compile, previous)
 
 
 def final_dir(work_dir: Path, name: str) -> Path:
@@ -66,19 +77,35 @@ def final_dir(work_dir: Path, name: str) -> Path:
     return work_dir / f"{name}-final"
 
 
-def train_tower(recipe: Recipe, work_dir: Path, compile: bool, final: Path) -> None:
-    """Makes the model and trains its vision tower alone."""
+def train_tower(recipe: Recipe, work_dir: Path, compile: bool) -> Path:
+    """Makes the model and trains its vision tower alone, unless that is done. Returns the folder of the result."""
+    folder, final = work_dir / VISION, final_dir(work_dir, VISION)
+    made = made_of(recipe.start and Path(recipe.start), common(recipe))
+    if is_made(final, made):
+        return final
+    claim(folder, made)
     processor = build_processor(recipe)
     model = build_model(processor, recipe)
     if compile:
         compile_layers(model)
     tower = model.model.vision_tower
-    log = train_vision_tower(tower, processor.image_processor, recipe, work_dir / "vision")
-    save_phase(model, processor, note("vision", recipe.vision_steps, log), final)
+    log = train_vision_tower(tower, processor.image_processor, recipe, folder)
+    save_phase(model, processor, note(VISION, recipe.vision_steps, log), folder, final)
+    return final
 
 
-def train_phase(recipe: Recipe, phase: Phase, work_dir: Path, compile: bool, previous: Path, final: Path) -> None:
-    """Trains what the phase before has left in `previous`, and writes it to `final`."""
+def train_phase(recipe: Recipe, phase: Phase, work_dir: Path, compile: bool, previous: Path) -> Path:
+    """
+    Trains what the phase before has left in `previous`, unless that is done. Returns the folder of the result.
+
+    Raises:
+        ValueError: if there is one of another training.
+    """
+    folder, final = work_dir / phase.name, final_dir(work_dir, phase.name)
+    made = made_of(previous, common(recipe), phase)
+    if is_made(final, made):
+        return final
+    claim(folder, made)
     processor = VoCoLlamaProcessor.from_pretrained(previous)
     # A new one each time: accelerate's mixed precision stays off for a model that it has prepared before
     model = VoCoLlamaForConditionalGeneration.from_pretrained(
@@ -86,13 +113,21 @@ def train_phase(recipe: Recipe, phase: Phase, work_dir: Path, compile: bool, pre
     )
     weights = deepcopy(model.state_dict())
     if phase.videos:
+        torch.manual_seed(recipe.seed)  # of new words
         add_tokens(processor, WORDS)
         model.resize_token_embeddings(len(processor.tokenizer))
     if compile:
         compile_layers(model, with_attention=not phase.two_stages)
-    log = run_phase(make_trainer(model, processor, recipe, phase, work_dir / phase.name))
+    log = run_phase(make_trainer(model, processor, recipe, phase, folder))
     average_weights(model, weights, phase.share)
-    save_phase(model, processor, note(phase.name, phase.steps, log), final)
+    save_phase(model, processor, note(phase.name, phase.steps, log), folder, final)
+    return final
+
+
+def common(recipe: Recipe) -> Recipe:
+    """What of a recipe decides how each of its phases ends, and the rest as by default."""
+    default = Recipe(phases=())
+    return replace(recipe, **{name: getattr(default, name) for name in NOT_DECISIVE})
 
 
 def make_trainer(
@@ -167,10 +202,19 @@ def compile_layers(model: PreTrainedModel, with_attention: bool = True) -> None:
             part.compile(dynamic=True)
 
 
-def save_phase(model: PreTrainedModel, processor: VoCoLlamaProcessor, log: PhaseLog, final: Path) -> None:
-    """Writes what a phase has left, all or nothing."""
-    part = final.with_suffix(".part")
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
-    (part / "log.json").write_text(json.dumps(log))
-    part.rename(final)
+def save_phase(
+    model: PreTrainedModel, processor: VoCoLlamaProcessor, log: PhaseLog, folder: Path, final: Path
+) -> None:
+    """Writes what a phase has left, all or nothing, and removes the `folder` that it was trained in."""
+    with new_folder(final) as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        (part / "log.json").write_text(json.dumps(log))
+        shutil.copy(folder / MADE_OF, part)
+    shutil.rmtree(folder)
+
+
+def load_trained(folder: Path) -> VoCoLlamaForConditionalGeneration:
+    """A model to ask, in float32, the precision that is the same everywhere."""
+    model = VoCoLlamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model.to(find_device()).eval()

@@ -15,7 +15,7 @@ from ..hub import write_card
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from .card import model_card
 from .evaluation import evaluate_scenes
-from .phases import PhaseLog, final_dir
+from .phases import VISION, PhaseLog, final_dir, load_trained
 from .recipe import Recipe
 from .video_evaluation import evaluate_videos
 
@@ -50,7 +50,7 @@ def publish(work_dir: Path, recipe: Recipe, output_dir: Path) -> None:
 
     Everything is written aside first, so an interrupted call leaves an older checkpoint as it was.
     """
-    finals = [final_dir(work_dir, name) for name in ("vision", *(phase.name for phase in recipe.phases))]
+    finals = [final_dir(work_dir, name) for name in (VISION, *(phase.name for phase in recipe.phases))]
     logs: list[PhaseLog] = [json.loads((final / "log.json").read_text()) for final in finals]
     part = output_dir.with_name(f".{output_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -79,9 +79,7 @@ def write_weights(trained: Path, folder: Path) -> None:
 
 def measure(folder: Path, recipe: Recipe) -> dict[str, object]:
     """Results of a checkpoint on images and, if it was trained on some, on videos; draws them into its folder."""
-    # What is measured is what is shipped, in the precision that is the same everywhere
-    model = VoCoLlamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_trained(folder)  # what is measured is what is shipped
     processor = VoCoLlamaProcessor.from_pretrained(folder)
     measured: dict[str, object] = {"num_parameters": model.num_parameters()}
     counts, canvas = recipe.token_counts, recipe.canvas

@@ -34,7 +34,7 @@ class Phase:
             keeps more of what they knew (Wortsman et al., 2022, WiSE-FT).
         evaluations (`int`, *optional*): How often the phase is evaluated, at equal distances, the last time at its
             end; by default every 250 steps.
-        batch_size (`int`, *optional*): Rows of a step, by default those of the recipe.
+        batch_size (`int`, *optional*): Rows of a step, half as many with videos, by default those of the recipe.
         dense_share (`float`, *optional*): Share of dense scenes, by default that of the recipe.
     """
 

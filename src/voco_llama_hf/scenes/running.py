@@ -13,10 +13,18 @@ from ..training.precision import is_bfloat16_fast
 from .recipe import Recipe
 
 
+def find_device() -> torch.device:
+    """Where the trainer trains."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
 def phase_options(
     recipe: Recipe, output_dir: Path, steps: int, batch_size: int, evaluations: int | None = None
 ) -> dict[str, str | int | float | bool]:
     """Arguments of [`~transformers.TrainingArguments`] for a phase that evaluates and saves as it goes."""
+    # Rows are drawn by closures, which only a fork inherits
+    workers = recipe.num_workers if torch.multiprocessing.get_start_method() == "fork" else 0
     every = min(250, max(1, steps // 2)) if evaluations is None else max(1, steps // evaluations)
     return {
         "output_dir": str(output_dir),
@@ -29,8 +37,8 @@ def phase_options(
         # Without an accelerator there is no other device, but bfloat16 asks for it to be said
         "use_cpu": not torch.accelerator.is_available(),
         "remove_unused_columns": False,
-        "dataloader_num_workers": recipe.num_workers,
-        "dataloader_persistent_workers": recipe.num_workers > 0,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
         "dataloader_pin_memory": False,
         "logging_steps": min(20, every),
         "eval_strategy": "steps",

@@ -140,13 +140,13 @@ def count_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
 
 
 def existence_questions(objects: list[SceneObject]) -> Iterator[tuple[str, str]]:
-    """Present phrases, and as many absent ones, which share a colour or a name with an object of the scene."""
+    """About phrases that share a colour or a name with an object of the scene, there or not."""
     present = {o.phrase for o in objects}
     colours, names = {o.colour for o in objects}, {o.name for o in objects}
     for name in (*SHAPES, *map(str, range(10))):
         for colour in COLOURS:
             phrase = f"{colour} {name}"
-            if phrase in present or colour in colours or name in names:
+            if colour in colours or name in names:
                 yield f"Is there a {phrase}?", "yes" if phrase in present else "no"
 
 
@@ -178,7 +178,7 @@ FAMILIES = tuple(QUESTIONS)
 
 def sample_questions(rng: np.random.Generator, objects: list[SceneObject], number: int) -> list[tuple[str, str, str]]:
     """
-    Draws `number` different questions as (family, question, answer).
+    Draws `number` different questions, or all that there are, as (family, question, answer).
 
     Families take turns in a random order; within a family the answer is drawn first and then a question that has
     it, so frequent answers gain nothing.
@@ -191,7 +191,7 @@ def sample_questions(rng: np.random.Generator, objects: list[SceneObject], numbe
         if by_answer:
             pools[family] = by_answer
     drawn: list[tuple[str, str, str]] = []
-    while len(drawn) < number:
+    while pools and len(drawn) < number:
         for family in list(pools)[: number - len(drawn)]:
             by_answer = pools[family]
             answer = str(rng.choice(sorted(by_answer)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -29,13 +28,10 @@ def main(
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder of the finished checkpoint. By default in the work folder.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue what an interrupted run has left in the work folder.")] = True,
     compile: Annotated[bool, typer.Option(help="Compile the layers; needs a C++ compiler.")] = True,
 ) -> None:
     """Train the tokenizer and the model on scenes, evaluate it and write the checkpoint."""
     work_dir = work_dir or Path("runs") / recipe.value
-    if not resume:
-        shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True, exist_ok=True)
     train(RECIPES[recipe.value], work_dir, compile)
     publish(work_dir, RECIPES[recipe.value], output_dir or work_dir / f"voco-{recipe.value}")

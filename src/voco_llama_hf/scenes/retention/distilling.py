@@ -34,19 +34,21 @@ class Lesson(Arm):
     An [`Arm`] that is told few answers.
 
     Args:
-        asks_teacher (`bool`): Whether it sees other scenes too, with the answers of the model that all start from.
+        known (`int`): Scenes whose answers are known.
+        unknown (`int`): Other scenes, with the answers of the model that all start from.
     """
 
-    asks_teacher: bool = False
+    known: int = 0
+    unknown: int = 0
 
 
-def lessons() -> tuple[Arm, ...]:
+def lessons(known: int = 500, unknown: int = 4000) -> tuple[Arm, ...]:
     """
     With the few answers alone, with those of a teacher, and with all the true answers; of each the words only, and
     half and half with the distribution of the teacher.
     """
-    few = Lesson("few answers", (1,), read_at=(1,))
-    taught = replace(few, name="teacher's words", asks_teacher=True)
+    few = Lesson("few answers", (1,), read_at=(1,), known=known)
+    taught = replace(few, name="teacher's words", unknown=unknown)
     every = fixed_arm(1)
     return (
         few,
@@ -60,37 +62,28 @@ def lessons() -> tuple[Arm, ...]:
 
 @dataclass
 class DistillationStudy(Study):
-    """
-    Compression into one token with few known answers. Other arguments are those of [`Study`].
-
-    Args:
-        known (`int`): Scenes whose answers are known.
-        unknown (`int`): Scenes that the teacher is asked about.
-    """
-
-    known: int = 500
-    unknown: int = 4000
+    """Compression into one token with few known answers. Arguments are those of [`Study`]."""
 
     def _drawn(self, arm: Arm, recipe: Recipe, phase: Phase) -> Dataset:
         rows = super()._drawn(arm, recipe, phase)
         if not isinstance(arm, Lesson):
             return rows
-        if not arm.asks_teacher:
-            return rows.select(range(self.known))
-        answers = self._teacher_answers(rows, recipe.seed)
-        return Dataset.from_dict({"index": range(self.known + len(answers))}).with_transform(
-            with_answers(rows, answers, self.known)
+        if arm.unknown == 0:
+            return rows.select(range(arm.known))
+        answers = self._teacher_answers(rows, arm, recipe.seed)
+        return Dataset.from_dict({"index": range(arm.known + arm.unknown)}).with_transform(
+            with_answers(rows, answers, arm.known)
         )
 
-    def _teacher_answers(self, rows: Dataset, seed: int) -> list[list[str]]:
-        """What the teacher answers about the scenes after the first `known`, asked now or read."""
-        path = self.work_dir / f"teacher-{self.known}-{self.unknown}-seed-{seed}.json"
+    def _teacher_answers(self, rows: Dataset, arm: Lesson, seed: int) -> list[list[str]]:
+        """What the teacher answers about the scenes after those whose answers are known, asked now or read."""
+        path = self.work_dir / f"teacher-{arm.known}-{arm.unknown}-seed-{seed}.json"
         if not path.exists():
             teacher = self.teacher()
             answers: list[list[str]] = []
-            for start in range(self.known, self.known + self.unknown, ANSWERED_AT_A_TIME):
-                some = range(start, min(start + ANSWERED_AT_A_TIME, self.known + self.unknown))
-                batch = [rows[index] for index in some]
+            unknown = range(arm.known, arm.known + arm.unknown)
+            for start in range(0, arm.unknown, ANSWERED_AT_A_TIME):
+                batch = [rows[index] for index in unknown[start:][:ANSWERED_AT_A_TIME]]
                 pixels = prepare(self.processor.image_processor, [row["image"] for row in batch])
                 read = uncompressed_reader(teacher, self.processor, pixels, LONGEST_DESCRIPTION)
                 asked = [(i, turn["content"]) for i, row in enumerate(batch) for turn in row["messages"][::2]]
@@ -167,7 +160,13 @@ class Lessons:
 
 
 def run_distillation(
-    study: DistillationStudy, seeds: range, split: str, limit: int, report: Callable[[str], None] = print
+    study: DistillationStudy,
+    seeds: range,
+    split: str,
+    limit: int,
+    report: Callable[[str], None] = print,
+    known: int = 500,
+    unknown: int = 4000,
 ) -> Lessons:
     """
     Trains and asks all arms.
@@ -178,10 +177,12 @@ def run_distillation(
         split (`str`): Split to ask about.
         limit (`int`): Number of its scenes.
         report (`Callable`): Told what is done next.
+        known (`int`): Scenes whose answers are known.
+        unknown (`int`): Scenes that the teacher is asked about.
     """
     report("the model that all start from")
     study.prepare()
-    arms = lessons()
+    arms = lessons(known, unknown)
     results: dict[str, list[ScenesResults]] = {}
     for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
         report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
@@ -191,7 +192,7 @@ def run_distillation(
         "limit": limit,
         "steps": study.size.steps,
         "seeds": len(seeds),
-        "known": study.known,
-        "unknown": study.unknown,
+        "known": known,
+        "unknown": unknown,
     }
     return Lessons(about, results, {arm.name: [study.curve(arm, seed) for seed in seeds] for arm in arms})

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,14 +12,24 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from ...files import written_aside
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..data import phase_rows
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
-from ..phases import compile_layers, final_dir, load_weights, make_trainer, note, save_phase, train
+from ..phases import (
+    common,
+    compile_layers,
+    final_dir,
+    load_trained,
+    load_weights,
+    make_trainer,
+    note,
+    save_phase,
+    train,
+)
+from ..provenance import claim, is_made, made_of
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
 from ..recipe import Phase, Recipe
-from ..running import run_phase
+from ..running import find_device, run_phase
 from ..single_questions import SingleQuestionCollator
 from ..still import make_scenes
 from .baselines import put_compressor
@@ -62,7 +71,9 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        return self.name.replace(",", "").replace(" ", "-")
+        """Of what is trained, by the name and, where it is drawn from several, by the numbers."""
+        several = f" {' '.join(map(str, self.num_voco_tokens))}" if len(self.num_voco_tokens) > 1 else ""
+        return f"{self.name}{several}".replace(",", "").replace(" ", "-")
 
 
 UPPER = Arm("upper bound", (1,), read_at=(1,), attention_mode=CAUSAL)
@@ -98,9 +109,9 @@ class Study:
     The arms, trained in a folder or found there.
 
     Args:
-        work_dir (`Path`): Folder of data, weights and answers; what an interrupted run has left is kept.
+        work_dir (`Path`): Folder of weights and answers; what an interrupted run has left is kept.
         size ([`Size`], *optional*): How large everything is.
-        trained_base (`Path`, *optional*): Folder of that model, where it is trained already.
+        trained_base (`Path`, *optional*): Folder of the model that all arms start from, where it is trained already.
         compile (`bool`, *optional*, defaults to `True`): Whether to compile the layers, which needs a C++ compiler.
     """
 
@@ -130,30 +141,21 @@ class Study:
         Trains the model that all arms start from, unless it is there.
 
         Raises:
-            ValueError: if the folder holds what started otherwise.
+            ValueError: if the folder holds one that was trained otherwise.
         """
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        path, base = self.work_dir / "base.json", json.dumps(asdict(self.base), indent=2)
-        if not any(self.work_dir.iterdir()):
-            with written_aside(path) as part:
-                part.write_text(base)
-        elif not path.exists() or path.read_text() != base:
-            raise ValueError(f"{self.work_dir} holds trainings that started otherwise: choose another folder")
         if self.trained_base is None:
             train(self.base, self.work_dir, self.compile)
 
     def trained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         """The model of an arm, trained or loaded."""
-        final = self._train_at(arm, seed, self.learning_rate(arm))
         model = self._untrained(arm, seed)
-        model.load_state_dict(load_weights(final))
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model.load_state_dict(load_weights(self.folder_of(arm, seed)))
+        return model.to(find_device()).eval()
 
-    def _final(self, arm: Arm, seed: int) -> Path:
-        return self._final_at(arm, seed, self.learning_rate(arm))
-
-    def _final_at(self, arm: Arm, seed: int, learning_rate: float) -> Path:
-        return final_dir(self.work_dir, f"{arm.folder}-{self.size.steps}-steps-at-{learning_rate:g}-seed-{seed}")
+    def folder_of(self, arm: Arm, seed: int) -> Path:
+        """Folder of the arm, trained now or before."""
+        return self._train_at(arm, seed, self.learning_rate(arm))
 
     def learning_rate(self, arm: Arm) -> float:
         """The one with which an arm reads validation best, trained with the first seed."""
@@ -175,8 +177,7 @@ class Study:
 
     def teacher(self) -> VoCoLlamaForConditionalGeneration:
         """The model that all arms start from."""
-        model = VoCoLlamaForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return load_trained(self.start)
 
     def _untrained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
         model = VoCoLlamaForConditionalGeneration.from_pretrained(
@@ -188,25 +189,32 @@ class Study:
         return model
 
     def _train_at(self, arm: Arm, seed: int, learning_rate: float) -> Path:
-        """Folder of the trained arm."""
-        final = self._final_at(arm, seed, learning_rate)
-        if not final.exists():
-            self._train(arm, seed, learning_rate, final)
+        """
+        Folder of the arm, trained now or before.
+
+        Raises:
+            ValueError: if there is one that was trained otherwise.
+        """
+        name = f"{arm.folder}-{self.size.steps}-steps-at-{learning_rate:g}-seed-{seed}"
+        final, phase = final_dir(self.work_dir, name), self._phase(arm, name, learning_rate)
+        # Other scenes than those that the start has seen
+        recipe = replace(self.base, seed=self.base.seed + 1 + seed)
+        made = made_of(self.start, common(recipe), phase, replace(arm, read_at=()))
+        if not is_made(final, made):
+            claim(self.work_dir / phase.name, made)
+            self._train(arm, seed, recipe, phase, final)
         return final
 
-    def _train(self, arm: Arm, seed: int, learning_rate: float, final: Path) -> None:
+    def _train(self, arm: Arm, seed: int, recipe: Recipe, phase: Phase, final: Path) -> None:
         model = self._untrained(arm, seed)
         model.config.attention_mode = arm.attention_mode
-        name = final.name.removesuffix("-final")
-        phase = self._phase(arm, name, learning_rate)
         if self.compile:
             compile_layers(model, with_attention=not phase.two_stages)
-        trainer = self._trainer(model, arm, replace(self.base, seed=seed), phase)
+        trainer = self._trainer(model, arm, recipe, phase)
         for follower in self._followers(arm, phase):
             trainer.add_callback(follower)
         log = run_phase(trainer)
-        save_phase(model, self.processor, note(name, self.size.steps, log), final)
-        shutil.rmtree(self.work_dir / name)
+        save_phase(model, self.processor, note(phase.name, phase.steps, log), self.work_dir / phase.name, final)
 
     def _followers(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
         """What measures the training as it goes."""
@@ -254,7 +262,8 @@ class Study:
         How well an arm answers the questions of a split, and names the objects of its scenes, measured or read from
         where it was written.
         """
-        path = self._final(arm, seed) / f"answers-{split}-{limit}.json"
+        numbers = "-".join(map(str, arm.read_at))
+        path = self.folder_of(arm, seed) / f"answers-{split}-{limit}-at-{numbers}.json"
         if not path.exists():
             model = self.trained(arm, seed)
             scenes = make_scenes(split, limit, canvas=self.base.canvas)
@@ -298,7 +307,7 @@ def run_study(
     Args:
         study ([`Study`]): Where and how.
         ks (`tuple[int, ...]`): Numbers of VoCo tokens, ascending.
-        seeds (`range`): Seeds of the training: order of the data, and weights that are new to an arm.
+        seeds (`range`): Seeds of the training: its scenes, their order, and weights that are new to an arm.
         split (`str`): Split to ask about.
         limit (`int`): Number of its scenes.
         report (`Callable`): Told what is done next.

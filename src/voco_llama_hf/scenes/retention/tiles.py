@@ -13,10 +13,12 @@ from datasets import Dataset
 from transformers import LlavaNextImageProcessorPil
 
 from ... import EMBEDDED_CHECKPOINT
+from ...files import new_folder
 from ...modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..canvas import TILES, Canvas
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
-from ..phases import final_dir, train_phase
+from ..phases import common, load_trained, train_phase
+from ..provenance import claim, is_made, made_of
 from ..readers import Reader, preprocess, uncompressed_reader, voco_reader
 from ..recipe import Phase, Recipe
 from ..still import make_scenes
@@ -105,7 +107,7 @@ class TileStudy:
         final = self.trained(arm, self.rounds)
         path = final / f"results-{split}-{limit}.json"
         if not path.exists():
-            model = VoCoLlamaForConditionalGeneration.from_pretrained(final, dtype=torch.float32).eval()
+            model = load_trained(final)
             processor = VoCoLlamaProcessor.from_pretrained(final)
             scenes = make_scenes(split, limit, canvas=self.recipe.canvas)
             readers = make_readers(arm, model, processor, scenes)
@@ -116,12 +118,8 @@ class TileStudy:
         """Folder of an arm after some rounds."""
         if rounds == 0:
             return self._start(arm.tiled)
-        phase = self._phase(arm, rounds)
-        final = final_dir(self.work_dir, phase.name)
-        if not final.exists():
-            recipe = replace(self.recipe, seed=rounds)
-            train_phase(recipe, phase, self.work_dir, False, self.trained(arm, rounds - 1), final)
-        return final
+        recipe, phase = replace(self.recipe, seed=rounds), self._phase(arm, rounds)
+        return train_phase(recipe, phase, self.work_dir, False, self.trained(arm, rounds - 1))
 
     def _phase(self, arm: TileArm, number: int) -> Phase:
         return Phase(
@@ -142,13 +140,14 @@ class TileStudy:
         """Folder of what an arm starts from."""
         if not tiled:
             return Path(self.start)
-        folder = self.work_dir / "start-tiled"
-        if not folder.exists():
-            part = folder.with_suffix(".part")
+        folder, made = self.work_dir / "start-tiled", made_of(Path(self.start), common(self.recipe))
+        if not is_made(folder, made):
             model, processor = divide_into_tiles(self.start, self.recipe.canvas)
-            model.save_pretrained(part)
-            processor.save_pretrained(part)
-            part.rename(folder)
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            with new_folder(folder) as part:
+                claim(part, made)
+                model.save_pretrained(part)
+                processor.save_pretrained(part)
         return folder
 
 

@@ -33,6 +33,7 @@ from .study import Arm, Study
 
 
 LLAMA_VID = Arm("llama-vid", (0,), compressor="llama-vid", num_tokens=2)
+VIDEO_QUESTIONS = 6  # with fewer, some families are never asked about
 READING = "a frame"  # the only mode of an arm's results
 
 
@@ -80,7 +81,9 @@ class VideoStudy(Study):
         return []
 
     def _phase(self, arm: Arm, name: str, learning_rate: float) -> Phase:
-        return replace(super()._phase(arm, name, learning_rate), videos=True, two_stages=arm.compressor is None)
+        phase = super()._phase(arm, name, learning_rate)
+        questions = max(VIDEO_QUESTIONS, phase.questions)
+        return replace(phase, videos=True, two_stages=arm.compressor is None, questions=questions)
 
     def _trainer(self, model: VoCoLlamaForConditionalGeneration, arm: Arm, recipe: Recipe, phase: Phase) -> Trainer:
         if arm.compressor != LLAMA_VID.compressor:
@@ -99,7 +102,7 @@ class VideoStudy(Study):
 
     def video_answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> VideoResults:
         """How well an arm answers the questions about videos, measured or read from where it was written."""
-        path = self._final(arm, seed) / f"videos-{split}-{limit}.json"
+        path = self.folder_of(arm, seed) / f"videos-{split}-{limit}.json"
         if not path.exists():
             clips = make_clips(split, limit, canvas=self.base.canvas)
             reader = make_video_reader(arm, self.trained(arm, seed), self.processor, clips)
@@ -128,7 +131,7 @@ def run_video_study(
     Args:
         study ([`VideoStudy`]): Where and how.
         ks (`Sequence[int]`): Tokens a frame.
-        seeds (`range`): Seeds of the training.
+        seeds (`range`): Seeds of the training: what is drawn, its order, and weights that are new to an arm.
         split (`str`): Split to ask about.
         limit (`int`): Number of its videos.
         report (`Callable`): Told what is done next.
