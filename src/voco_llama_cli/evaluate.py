@@ -333,9 +333,12 @@ def compare_video_compressors(
     plot: Path | None,
 ) -> None:
     """Trains and asks everything of the video-retention suite."""
+    import datasets
+
     from voco_llama_hf.scenes.retention.sizes import sized
     from voco_llama_hf.scenes.retention.videos import VideoStudy, run_video_study
 
+    datasets.disable_progress_bars()
     console = wide_console()
     study = VideoStudy(work_dir, sized(size.value, steps))
     comparison = run_video_study(study, sorted(set(counts)), range(seeds), split, limit, report=console.rule)

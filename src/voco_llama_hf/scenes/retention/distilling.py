@@ -21,7 +21,7 @@ from ..still import DIFFICULTIES
 from .describing import LONGEST_DESCRIPTION, OBJECTS
 from .following import Curve
 from .report import origin, percent, plot_curves
-from .study import Arm, Study, fixed_arm
+from .study import Arm, Study, fixed_arm, run_arms
 
 
 ANSWERED_AT_A_TIME = 64  # scenes
@@ -180,13 +180,8 @@ def run_distillation(
         known (`int`): Scenes whose answers are known.
         unknown (`int`): Scenes that the teacher is asked about.
     """
-    report("the model that all start from")
-    study.prepare()
     arms = lessons(known, unknown)
-    results: dict[str, list[ScenesResults]] = {}
-    for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
-        report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
-        results.setdefault(arm.name, []).append(study.answers(arm, seed, split, limit))
+    results = run_arms(study, arms, seeds, lambda arm, seed: study.answers(arm, seed, split, limit), report)
     about = {
         "split": split,
         "limit": limit,

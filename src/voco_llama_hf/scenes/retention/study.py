@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
@@ -37,6 +39,8 @@ from .describing import LONGEST_DESCRIPTION, OBJECTS, name_objects
 from .following import EXACT_MATCH, Curve, Follower, Point
 from .sizes import SCENES_64_SIZE, Size
 
+
+Found = TypeVar("Found")
 
 CAUSAL = "causal"
 FROZEN = ("vision_tower",)
@@ -315,15 +319,25 @@ def run_study(
     Returns:
         `dict[str, list[ScenesResults]]`: results by arm, one a seed.
     """
+    return run_arms(study, make_arms(ks), seeds, lambda arm, seed: study.answers(arm, seed, split, limit), report)
+
+
+def run_arms(
+    study: Study,
+    arms: Sequence[Arm],
+    seeds: range,
+    ask: Callable[[Arm, int], Found],
+    report: Callable[[str], None],
+) -> dict[str, list[Found]]:
+    """What `ask` finds of each arm, by its name, one a seed."""
     report("the model that all start from")
     study.prepare()
-    results: dict[str, list[ScenesResults]] = {}
-    arms = make_arms(ks)
+    found: dict[str, list[Found]] = {arm.name: [] for arm in arms}
     # Seed by seed, so that an interrupted study has whole tables
-    for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
+    for i, (seed, arm) in enumerate(product(seeds, arms)):
         report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
-        results.setdefault(arm.name, []).append(study.answers(arm, seed, split, limit))
-    return results
+        found[arm.name].append(ask(arm, seed))
+    return found
 
 
 @dataclass

@@ -29,7 +29,7 @@ from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_v
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
 from .report import origin
 from .report import percent as mean_percent
-from .study import Arm, Study
+from .study import Arm, Study, run_arms
 
 
 LLAMA_VID = Arm("llama-vid", (0,), compressor="llama-vid", num_tokens=2)
@@ -139,14 +139,9 @@ def run_video_study(
     Returns:
         [`VideoComparison`]
     """
-    report("the model that all start from")
-    study.prepare()
-    arms = video_arms(ks)
-    results: dict[str, list[VideoResults]] = {}
-    # Seed by seed, so that an interrupted study has whole tables
-    for i, (seed, arm) in enumerate((seed, arm) for seed in seeds for arm in arms):
-        report(f"{i + 1} of {len(seeds) * len(arms)}: {arm.name}, seed {seed}")
-        results.setdefault(arm.name, []).append(study.video_answers(arm, seed, split, limit))
+    results = run_arms(
+        study, video_arms(ks), seeds, lambda arm, seed: study.video_answers(arm, seed, split, limit), report
+    )
     return VideoComparison(study.size.steps, results)
 
 
