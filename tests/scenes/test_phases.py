@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import disable_progress_bars
+from safetensors.torch import load_file
 from scenes.recipe import RECIPE
 from transformers import Trainer, TrainingArguments
 
@@ -117,6 +118,11 @@ def test_an_interrupted_phase_goes_on_and_its_seconds_add_up(tmp_path):
     assert [entry["step"] for entry in again if "loss" in entry] == [1, 2, 3, 4]
     assert seconds_spent(again) > spent
     assert [entry["seconds"] for entry in again] == sorted(entry["seconds"] for entry in again)
+
+    # Killed before its result was written, it has nothing left to learn
+    done, known = trainer(4), load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert run_phase(done) == again[:-1]  # without the summary
+    torch.testing.assert_close(done.model.state_dict(), known)
 
 
 def names(recipe):

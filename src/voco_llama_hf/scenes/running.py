@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..training.checkpoints import last_checkpoint
 from ..training.precision import is_bfloat16_fast
@@ -69,6 +72,13 @@ def seconds_spent(log: list[dict[str, float]]) -> float:
 
 def run_phase(trainer: Trainer) -> list[dict[str, float]]:
     """Trains, from the last whole checkpoint in the trainer's folder where there is one. Returns the log."""
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        # Only its result was not written; the trainer would take one step more
+        if state.global_step >= trainer.args.max_steps:
+            trainer.model.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
+            return state.log_history
     trainer.add_callback(Clock())
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.state.log_history
