@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import disable_progress_bars
+from PIL import Image
 from rich.console import Console
 from scenes.recipe import RECIPE
 
@@ -21,6 +22,7 @@ from voco_llama_hf.scenes.retention.videos import (
     VideoComparison,
     VideoStudy,
     make_video_reader,
+    parse_arm,
     run_video_study,
     video_arms,
 )
@@ -151,8 +153,17 @@ def test_the_comparison_is_shown_written_and_drawn(tmp_path):
     comparison.save(tmp_path / "videos.md")
     head, _, first, *_ = (tmp_path / "videos.md").read_text().splitlines()
     assert head.startswith("| arm | temporal |") and first.startswith("| VoCo, 2 a frame | 85.0 ±7.1 |")
-    comparison.plot(tmp_path / "videos.png")
-    assert (tmp_path / "videos.png").read_bytes().startswith(b"\x89PNG")
+    # A panel for each number of tokens, that of LLaMA-VID among those of two
+    heights = []
+    for arms in (["VoCo, 2 a frame"], ["VoCo, 1 a frame", "VoCo, 2 a frame", "VoCo, 8 a frame"]):
+        VideoComparison(10, {arm: [results] for arm in (*arms, "llama-vid")}).plot(tmp_path / "videos.png")
+        heights.append(Image.open(tmp_path / "videos.png").height)
+    assert heights[1] > 2 * heights[0]
+    assert [parse_arm(arm.name) for arm in video_arms([1, 8])] == [
+        *(("VoCo", 1), ("average pooling", 1), ("q-former", 1)),
+        *(("VoCo", 8), ("average pooling", 8), ("q-former", 8)),
+        ("llama-vid", 2),
+    ]
 
 
 @pytest.mark.slow

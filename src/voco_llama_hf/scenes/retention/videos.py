@@ -205,14 +205,26 @@ class VideoComparison:
             part.write_text(text)
 
     def plot(self, path: Path) -> None:
-        """Draws what all frames tell, one group of bars a family."""
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        (panel,) = add_panels(figure, ["all frames"], GROUPS)
-        for i, arm in enumerate(self.results):
-            shares = self.shares(arm, ALL_FRAMES)
-            heights = [mean(shares[group]) if group in shares else 0.0 for group in GROUPS]
-            add_bars(panel, heights, i, len(self.results), f"C{i}", arm)
-        add_levels(panel, [self.chance[group] for group in GROUPS if group in self.chance], 0, 1, "chance")
-        add_legend(figure, panel)
+        """Draws what all frames tell, a panel for each number of tokens, one group of bars a family."""
+        panels: dict[int, dict[str, str]] = {}  # arms by way, by number
+        for arm in self.results:
+            way, number = parse_arm(arm)
+            panels.setdefault(number, {})[way] = arm
+        ways = list(dict.fromkeys(parse_arm(arm)[0] for arm in self.results))
+        figure = Figure(figsize=(11, 1 + 2.4 * len(panels)), layout="constrained")
+        axes = add_panels(figure, [f"{number} a frame, all frames" for number in sorted(panels)], GROUPS)
+        for panel, number in zip(axes, sorted(panels), strict=True):
+            for i, (way, arm) in enumerate(panels[number].items()):
+                shares = self.shares(arm, ALL_FRAMES)
+                heights = [mean(shares[group]) if group in shares else 0.0 for group in GROUPS]
+                add_bars(panel, heights, i, len(panels[number]), f"C{ways.index(way)}", way)
+            add_levels(panel, [self.chance[group] for group in GROUPS if group in self.chance], 0, 1, "chance")
+        add_legend(figure, max(axes, key=lambda panel: len(panel.containers)))
         with written_aside(path) as part:
             figure.savefig(part, dpi=150, format=path.suffix[1:])
+
+
+def parse_arm(name: str) -> tuple[str, int]:
+    """How an arm of [`video_arms`] shortens a frame, and to how many tokens."""
+    way, _, rest = name.partition(", ")
+    return way, int(rest.split()[0]) if rest else LLAMA_VID.num_tokens
