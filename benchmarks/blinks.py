@@ -22,11 +22,10 @@ from rich.console import Console
 from voco_llama_hf import VoCoLlamaProcessor
 from voco_llama_hf.files import written_aside
 from voco_llama_hf.scenes.phases import load_trained, train_phase
-from voco_llama_hf.scenes.recipe import Phase
+from voco_llama_hf.scenes.recipe import FROZEN_TOWER, Phase
 from voco_llama_hf.scenes.retention.report import origin
 from voco_llama_hf.scenes.retention.sizes import sized
-from voco_llama_hf.scenes.retention.study import FROZEN
-from voco_llama_hf.scenes.retention.videos import VideoStudy
+from voco_llama_hf.scenes.retention.videos import VIDEO_QUESTIONS, VideoStudy
 from voco_llama_hf.scenes.video_evaluation import evaluate_videos
 
 
@@ -36,11 +35,11 @@ def phases(k: int, described: int, counted: int, mixed: int) -> tuple[Phase, ...
         "learning_rate": 2e-3,
         "scheduler": "cosine",
         "num_voco_tokens": (k,),
-        "questions": 6,
+        "questions": VIDEO_QUESTIONS,
         "single": True,
         "videos": True,
         "two_stages": True,
-        "freeze": FROZEN,
+        "freeze": FROZEN_TOWER,
         # Eight images and eight videos a step
         "batch_size": 32,
     }

@@ -189,11 +189,13 @@ def evaluate(
         check_no_lmms_options(suite, tasks, include_path, upper_bound, num_frames)
         check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
     counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
-    # Of how arms are trained retention draws a second picture
-    training = plot.with_stem(f"{plot.stem}_training") if plot is not None and suite is Suite.retention else None
-    for path in (output, plot, training):
+    for path in (output, plot):
         if path is not None:
             check_output(path, force)
+    if plot is not None and suite is Suite.retention:
+        from voco_llama_hf.scenes.retention.report import training_picture
+
+        check_output(training_picture(plot), force)
     check_plot(plot)
     folder = work_dir or Path("runs") / suite.value
     if suite is Suite.lmms:

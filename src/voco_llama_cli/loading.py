@@ -84,9 +84,11 @@ def find_device(name: str | None) -> torch.device:
     """
     import torch
 
+    from voco_llama_hf.loading import default_device
+
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
-        return accelerator or torch.device("cpu")
+        return default_device()
     devices = ["cpu"]
     if accelerator is not None:
         devices += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
@@ -34,6 +35,12 @@ class Base(NamedTuple):
 
     name: str
     revision: str
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, as the trainer takes it."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def is_hub_id(name: str) -> bool:

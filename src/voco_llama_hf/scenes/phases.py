@@ -7,7 +7,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from datasets import Dataset
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ..files import new_folder
+from ..loading import default_device
 from ..modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..training import VoCoSFTConfig, VoCoSFTTrainer
 from .building import add_tokens, build_model, build_processor
@@ -23,7 +24,7 @@ from .moving import WORDS
 from .muon import MuonMixin
 from .provenance import MADE_OF, claim, is_made, made_of
 from .recipe import Phase, Recipe
-from .running import find_device, phase_options, run_phase, seconds_spent
+from .running import phase_options, run_phase, seconds_spent
 from .single_questions import SingleQuestionCollator
 from .vision import train_vision_tower
 
@@ -145,13 +146,8 @@ def make_trainer(
     [`VoCoSFTConfig`].
     """
     recipe = recipe.for_phase(phase)
-    # Half as many rows, half of which have eight images
-    batch_size = recipe.batch_size // (1 + phase.videos)
     args = VoCoSFTConfig(
-        **phase_options(recipe, output_dir, phase.steps, batch_size, phase.evaluations),
-        learning_rate=phase.learning_rate,
-        lr_scheduler_type=phase.scheduler,
-        lr_scheduler_kwargs=scheduler_options(phase),
+        **training_options(recipe, phase, output_dir),
         gradient_checkpointing=False,
         num_voco_tokens=list(phase.num_voco_tokens),
         two_stages=phase.two_stages,
@@ -173,9 +169,17 @@ def make_trainer(
     )
 
 
-def scheduler_options(phase: Phase) -> dict[str, int]:
-    """What the learning rate schedule of a phase has to be told."""
-    return {"num_decay_steps": round(phase.decay * phase.steps)} if phase.scheduler == "warmup_stable_decay" else {}
+def training_options(recipe: Recipe, phase: Phase, output_dir: Path) -> dict[str, Any]:
+    """Arguments of [`~transformers.TrainingArguments`] for a phase of `recipe`, see [`Recipe.for_phase`]."""
+    # Half as many rows, half of which have eight images
+    batch_size = recipe.batch_size // (1 + phase.videos)
+    decays = phase.scheduler == "warmup_stable_decay"
+    return {
+        **phase_options(recipe, output_dir, phase.steps, batch_size, phase.evaluations),
+        "learning_rate": phase.learning_rate,
+        "lr_scheduler_type": phase.scheduler,
+        "lr_scheduler_kwargs": {"num_decay_steps": round(phase.decay * phase.steps)} if decays else {},
+    }
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -217,4 +221,4 @@ def save_phase(
 def load_trained(folder: Path) -> VoCoLlamaForConditionalGeneration:
     """A model to ask, in float32, the precision that is the same everywhere."""
     model = VoCoLlamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return model.to(find_device()).eval()
+    return model.to(default_device()).eval()

@@ -33,8 +33,8 @@ def made_of(start: Path | None, *settings: Any) -> dict[str, object]:
 
 def tell(settings: Any) -> dict[str, Any]:
     """Fields of a dataclass that are not as they are by default."""
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    changed = {field.name: values[field.name] for field in fields(settings) if values[field.name] != field.default}
+    values = [(field, getattr(settings, field.name)) for field in fields(settings)]
+    changed = {field.name: value for field, value in values if value != field.default}
     return {name: tell(value) if is_dataclass(value) else value for name, value in changed.items()}
 
 

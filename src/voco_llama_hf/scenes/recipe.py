@@ -113,6 +113,8 @@ class Recipe:
         )
 
 
+FROZEN_TOWER = ("vision_tower",)
+
 # 64 vision tokens, from random weights: the embedded checkpoint
 SCENES_64 = Recipe(
     phases=(
@@ -141,7 +143,7 @@ SCENES_64 = Recipe(
             single=True,
             videos=True,
             two_stages=True,
-            freeze=("vision_tower",),
+            freeze=FROZEN_TOWER,
             share=0.7,
         ),
     )
@@ -149,7 +151,6 @@ SCENES_64 = Recipe(
 
 # k = 1 in half of the steps costs the other numbers little: benchmarks/elastic.py
 HALF_ONE = (*[1] * 6, 2, 2, 4, 8, 0, 0)
-FROZEN_TOWER = ("vision_tower",)
 # 576 vision tokens, as the paper's, of images alone: from the embedded checkpoint, whose language model reads VoCo
 # tokens already
 SCENES_576 = Recipe(

@@ -16,12 +16,6 @@ from ..training.precision import is_bfloat16_fast
 from .recipe import Recipe
 
 
-def find_device() -> torch.device:
-    """Where the trainer trains."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
-
-
 def phase_options(
     recipe: Recipe, output_dir: Path, steps: int, batch_size: int, evaluations: int | None = None
 ) -> dict[str, str | int | float | bool]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..images import decode_image, open_image
-from ..loading import load_model, load_processor
+from ..loading import default_device, load_model, load_processor
 from ..modeling import VoCoCache
 from ..modeling.cache_voco_llama import digest
 from ..modeling.images_voco_llama import to_rgb
@@ -151,10 +151,8 @@ class VoCoCompressor:
         self.sampling = Sampling(num_frames or (self.processor.num_frames if fps is None else None), fps, per_tile)
         self.batch_size, self.num_threads, self.eight_bit = batch_size, num_threads, eight_bit
         self.image_column, self.source_column = image_column, source_column
-        if device is None:
-            device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
         network: Any = load_model(model, dtype=dtype)
-        self.model = network.to(torch.device(device)).eval()
+        self.model = network.to(default_device() if device is None else torch.device(device)).eval()
         self._compression = Compression(self.model, self.processor, self.num_voco_tokens, self.sampling, batch_size)
         self.fingerprint = self._compression.fingerprint()
 

@@ -24,7 +24,8 @@ from .report import origin, percent, plot_curves
 from .study import Arm, Study, fixed_arm, run_arms
 
 
-ANSWERED_AT_A_TIME = 64  # scenes
+KNOWN, UNKNOWN = 500, 4000  # scenes
+ANSWERED_AT_A_TIME = 64  # of them
 MEASURED = {OBJECTS: "objects", "all": "questions"}
 
 
@@ -42,7 +43,7 @@ class Lesson(Arm):
     unknown: int = 0
 
 
-def lessons(known: int = 500, unknown: int = 4000) -> tuple[Arm, ...]:
+def lessons(known: int = KNOWN, unknown: int = UNKNOWN) -> tuple[Arm, ...]:
     """
     With the few answers alone, with those of a teacher, and with all the true answers; of each the words only, and
     half and half with the distribution of the teacher.
@@ -165,8 +166,8 @@ def run_distillation(
     split: str,
     limit: int,
     report: Callable[[str], None] = print,
-    known: int = 500,
-    unknown: int = 4000,
+    known: int = KNOWN,
+    unknown: int = UNKNOWN,
 ) -> Lessons:
     """
     Trains and asks all arms.

@@ -111,7 +111,12 @@ class Comparison:
     def plot(self, path: Path) -> None:
         """Draws retention of dense scenes, and the courses of the trainings into a second picture beside it."""
         plot_rows(self.rows["dense"], f"dense scenes ({self.title})", path)
-        plot_curves(self.courses.curves, path.with_stem(f"{path.stem}_training"))
+        plot_curves(self.courses.curves, training_picture(path))
+
+
+def training_picture(path: Path) -> Path:
+    """Where the courses of the trainings are drawn, beside the picture of the results."""
+    return path.with_stem(f"{path.stem}_training")
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
+from ...loading import default_device
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..data import phase_rows
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
@@ -30,8 +31,8 @@ from ..phases import (
 )
 from ..provenance import claim, is_made, made_of
 from ..readers import Reader, causal_reader, preprocess, uncompressed_reader, voco_reader
-from ..recipe import Phase, Recipe
-from ..running import find_device, run_phase
+from ..recipe import FROZEN_TOWER, Phase, Recipe
+from ..running import run_phase
 from ..single_questions import SingleQuestionCollator
 from ..still import make_scenes
 from .baselines import put_compressor
@@ -43,7 +44,6 @@ from .sizes import SCENES_64_SIZE, Size
 Found = TypeVar("Found")
 
 CAUSAL = "causal"
-FROZEN = ("vision_tower",)
 FIRST_SEED = 0
 EVALUATIONS = 10  # of a training, as it goes
 # Of the dense scenes of the validation split by which a training is followed
@@ -155,7 +155,7 @@ class Study:
         """The model of an arm, trained or loaded."""
         model = self._untrained(arm, seed)
         model.load_state_dict(load_weights(self.folder_of(arm, seed)))
-        return model.to(find_device()).eval()
+        return model.to(default_device()).eval()
 
     def folder_of(self, arm: Arm, seed: int) -> Path:
         """Folder of the arm, trained now or before."""
@@ -239,7 +239,7 @@ class Study:
             questions=self.size.questions,
             describe=True,
             single=True,
-            freeze=FROZEN,
+            freeze=FROZEN_TOWER,
             evaluations=min(EVALUATIONS, self.size.steps),
         )
 

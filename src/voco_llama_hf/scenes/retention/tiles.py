@@ -17,10 +17,10 @@ from ...files import new_folder
 from ...modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ..canvas import TILES, Canvas
 from ..evaluation import UNCOMPRESSED, ScenesResults, score_readers
-from ..phases import common, load_trained, train_phase
+from ..phases import load_trained, train_phase
 from ..provenance import claim, is_made, made_of
 from ..readers import Reader, preprocess, uncompressed_reader, voco_reader
-from ..recipe import Phase, Recipe
+from ..recipe import FROZEN_TOWER, Phase, Recipe
 from ..still import make_scenes
 
 
@@ -133,14 +133,14 @@ class TileStudy:
             single=True,
             two_stages=0 not in arm.num_voco_tokens,
             per_tile=arm.per_tile,
-            freeze=("vision_tower",),
+            freeze=FROZEN_TOWER,
         )
 
     def _start(self, tiled: bool) -> Path:
         """Folder of what an arm starts from."""
         if not tiled:
             return Path(self.start)
-        folder, made = self.work_dir / "start-tiled", made_of(Path(self.start), common(self.recipe))
+        folder, made = self.work_dir / "start-tiled", made_of(Path(self.start), self.recipe.canvas)
         if not is_made(folder, made):
             model, processor = divide_into_tiles(self.start, self.recipe.canvas)
             self.work_dir.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,9 @@ from ..building import add_tokens
 from ..data import phase_rows
 from ..moving import NUM_FRAMES, WORDS, make_clips
 from ..muon import MuonMixin
+from ..phases import training_options
 from ..readers import VideoReader, uncompressed_video_reader, voco_video_reader
 from ..recipe import Phase, Recipe
-from ..running import phase_options
 from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
 from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
@@ -89,12 +89,10 @@ class VideoStudy(Study):
         if arm.compressor != LLAMA_VID.compressor:
             return super()._trainer(model, arm, recipe, phase)
         model.model.vision_tower.requires_grad_(False)
-        options = phase_options(
-            recipe, self.work_dir / phase.name, phase.steps, recipe.batch_size // 2, phase.evaluations
-        )
+        recipe = recipe.for_phase(phase)
         return LlamaVidTrainer(
             LlamaVid(model),
-            TrainingArguments(**options, learning_rate=phase.learning_rate, lr_scheduler_type=phase.scheduler),
+            TrainingArguments(**training_options(recipe, phase, self.work_dir / phase.name)),
             data_collator=LlamaVidCollator(self.processor),
             train_dataset=self._drawn(arm, recipe, phase),
             eval_dataset=phase_rows(recipe, phase, "validation"),
