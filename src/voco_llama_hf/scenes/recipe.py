@@ -36,6 +36,8 @@ class Phase:
             end; by default every 250 steps.
         batch_size (`int`, *optional*): Rows of a step, half as many with videos, by default those of the recipe.
         dense_share (`float`, *optional*): Share of dense scenes, by default that of the recipe.
+        seed (`int`, *optional*): Seed of its scenes and of their order, by default that of the recipe: phases with the
+            same one see the same scenes again.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Phase:
     decay: float = 1 / 3
     batch_size: int | None = None
     dense_share: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Recipe:
             self,
             batch_size=self.batch_size if phase.batch_size is None else phase.batch_size,
             dense_share=self.dense_share if phase.dense_share is None else phase.dense_share,
+            seed=self.seed if phase.seed is None else phase.seed,
         )
 
 
