@@ -47,11 +47,18 @@ def test_the_first_scenes_keep_their_answers_and_the_others_have_the_teachers():
 
 
 def test_lessons_differ_in_who_answers_and_in_what_is_compared():
-    few, few_distilled, words, distribution, all_answers, all_distilled = lessons()
-    assert len({arm.folder for arm in lessons()}) == 6
-    assert [arm.distillation_weight for arm in lessons()] == [0, 0.5, 0, 0.5, 0, 0.5]
-    assert [arm.unknown for arm in (few, few_distilled, words, distribution)] == [0, 0, 4000, 4000]
-    assert not isinstance(all_answers, Lesson) and not isinstance(all_distilled, Lesson)
+    arms = {arm.name: arm for arm in lessons()}
+    assert len({arm.folder for arm in arms.values()}) == len(arms) == 9
+    told = {name: (arm.known, arm.unknown) for name, arm in arms.items() if isinstance(arm, Lesson)}
+    assert told == {name: (500, 0 if name.startswith("few") else 4000) for name in told}
+    assert set(arms) - set(told) == {"trained at k=1", "trained at k=1, distilled"}
+    # Each of the other ways to distil differs in one thing from the first
+    half = arms["teacher's distribution"]
+    assert replace(half, distillation_weight=0.0, name="teacher's words") == arms["teacher's words"]
+    changes = {"temperature 2": {"distillation_temperature": 2.0}, "first half": {"distilled_share": 0.5}}
+    for way, change in changes.items():
+        name = f"{half.name}, {way}"
+        assert replace(half, name=name, **change) == arms[name]
 
 
 def test_the_table_has_mean_and_spread(tmp_path):
@@ -86,6 +93,9 @@ def test_a_micro_study_asks_the_teacher_once(tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["known"] == 4
     (log,) = tmp_path.glob("few-answers-distilled-*/log.json")
     assert any("distillation_loss" in entry for entry in json.loads(log.read_text())["log"])
+    (log,) = tmp_path.glob("teacher's-distribution-first-half-*/log.json")
+    distilled = {entry["step"] for entry in json.loads(log.read_text())["log"] if "distillation_loss" in entry}
+    assert distilled == {1}
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert run_distillation(study, range(1), "validation", 4, **asked) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written

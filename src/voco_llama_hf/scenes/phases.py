@@ -138,12 +138,13 @@ def make_trainer(
     phase: Phase,
     output_dir: Path,
     distillation_weight: float = 0.0,
+    distillation_temperature: float = 1.0,
     teacher: str = "self",
     train_dataset: Dataset | None = None,
 ) -> MuonSFTTrainer:
     """
-    The trainer of a phase, with its data, or with rows of the caller; `distillation_weight` and `teacher` are those of
-    [`VoCoSFTConfig`].
+    The trainer of a phase, with its data, or with rows of the caller; `distillation_weight`, `distillation_temperature` and
+    `teacher` are those of [`VoCoSFTConfig`].
     """
     recipe = recipe.for_phase(phase)
     args = VoCoSFTConfig(
@@ -156,6 +157,7 @@ def make_trainer(
         max_length=None,
         pad_to_multiple_of=8,
         distillation_weight=distillation_weight,
+        distillation_temperature=distillation_temperature,
         teacher=teacher,
     )
     collator = SingleQuestionCollator(processor, max(1, *phase.num_voco_tokens), phase.per_tile)

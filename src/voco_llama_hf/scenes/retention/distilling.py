@@ -9,6 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...benchmark.report import Sheet
 from ...files import written_aside
@@ -37,25 +38,49 @@ class Lesson(Arm):
     Args:
         known (`int`): Scenes whose answers are known.
         unknown (`int`): Other scenes, with the answers of the model that all start from.
+        distilled_share (`float`): Share of the steps after which the words alone are learned.
     """
 
     known: int = 0
     unknown: int = 0
+    distilled_share: float = 1.0
+
+
+class EndOfDistillation(TrainerCallback):
+    """
+    Goes on with the words alone.
+
+    Args:
+        step (`int`): Number of steps with distillation.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step >= self.step:
+            args.distillation_weight = 0.0
 
 
 def lessons(known: int = KNOWN, unknown: int = UNKNOWN) -> tuple[Arm, ...]:
     """
     With the few answers alone, with those of a teacher, and with all the true answers; of each the words only, and
-    half and half with the distribution of the teacher.
+    half and half with the distribution of the teacher: that of the teacher's answers also in other ways.
     """
     few = Lesson("few answers", (1,), read_at=(1,), known=known)
-    taught = replace(few, name="teacher's words", unknown=unknown)
+    words = replace(few, name="teacher's words", unknown=unknown)
+    half = replace(words, name="teacher's distribution", distillation_weight=0.5)
     every = fixed_arm(1)
     return (
         few,
         replace(few, name="few answers, distilled", distillation_weight=0.5),
-        taught,
-        replace(taught, name="teacher's distribution", distillation_weight=0.5),
+        words,
+        half,
+        replace(half, name=f"{half.name}, temperature 2", distillation_temperature=2.0),
+        replace(half, name=f"{half.name} alone", distillation_weight=1.0),
+        replace(half, name=f"{half.name}, first half", distilled_share=0.5),
         every,
         replace(every, name=f"{every.name}, distilled", distillation_weight=0.5),
     )
@@ -64,6 +89,12 @@ def lessons(known: int = KNOWN, unknown: int = UNKNOWN) -> tuple[Arm, ...]:
 @dataclass
 class DistillationStudy(Study):
     """Compression into one token with few known answers. Arguments are those of [`Study`]."""
+
+    def _callbacks(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
+        followers = super()._callbacks(arm, phase)
+        if not isinstance(arm, Lesson) or arm.distilled_share == 1:
+            return followers
+        return [*followers, EndOfDistillation(round(arm.distilled_share * phase.steps))]
 
     def _drawn(self, arm: Arm, recipe: Recipe, phase: Phase) -> Dataset:
         rows = super()._drawn(arm, recipe, phase)

@@ -63,6 +63,7 @@ class Arm:
         compressor (`str`, *optional*): What stands behind the vision tower, see [`put_compressor`].
         num_tokens (`int`): Tokens that it makes of an image.
         distillation_weight (`float`): Weight of the divergence from the model that all arms start from.
+        distillation_temperature (`float`): Softens both distributions.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Arm:
     compressor: str | None = None
     num_tokens: int = 1
     distillation_weight: float = 0.0
+    distillation_temperature: float = 1.0
 
     @property
     def folder(self) -> str:
@@ -215,12 +217,12 @@ class Study:
         if self.compile:
             compile_layers(model, with_attention=not phase.two_stages)
         trainer = self._trainer(model, arm, recipe, phase)
-        for follower in self._followers(arm, phase):
-            trainer.add_callback(follower)
+        for callback in self._callbacks(arm, phase):
+            trainer.add_callback(callback)
         log = run_phase(trainer)
         save_phase(model, self.processor, note(phase.name, phase.steps, log), self.work_dir / phase.name, final)
 
-    def _followers(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
+    def _callbacks(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
         """What measures the training as it goes."""
         recipe = replace(self.base, dense_share=1.0)
         rows = phase_rows(recipe, replace(phase, describe=False, questions=FOLLOWED_QUESTIONS), "validation")
@@ -251,6 +253,7 @@ class Study:
             phase,
             self.work_dir / phase.name,
             distillation_weight=arm.distillation_weight,
+            distillation_temperature=arm.distillation_temperature,
             teacher=str(self.start) if arm.distillation_weight > 0 else "self",
             train_dataset=self._drawn(arm, recipe, phase),
         )

@@ -77,7 +77,7 @@ class VideoStudy(Study):
         """The first: no validation of videos says which is best."""
         return self.size.learning_rates[0]
 
-    def _followers(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
+    def _callbacks(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
         return []
 
     def _phase(self, arm: Arm, name: str, learning_rate: float) -> Phase:
