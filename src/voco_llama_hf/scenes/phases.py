@@ -143,8 +143,8 @@ def make_trainer(
     train_dataset: Dataset | None = None,
 ) -> MuonSFTTrainer:
     """
-    The trainer of a phase, with its data, or with rows of the caller; `distillation_weight`, `distillation_temperature` and
-    `teacher` are those of [`VoCoSFTConfig`].
+    The trainer of a phase, with its data, or with rows of the caller; `distillation_weight`, `teacher` and
+    `distillation_temperature` are those of [`VoCoSFTConfig`].
     """
     recipe = recipe.for_phase(phase)
     args = VoCoSFTConfig(
