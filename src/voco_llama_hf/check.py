@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, MistralConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .modeling import VoCoLlamaConfig, VoCoLlamaForConditionalGeneration
+from .modeling.compat_voco_llama import CACHE
 
 
 NEW_TOKENS = 4
@@ -174,7 +175,7 @@ def _second_turn_error(
         "pixel_values": torch.cat([first.pixel_values, second.pixel_values]).to(model.device, model.dtype),
         "num_voco_tokens": torch.tensor([*first.counts, *second.counts]),
     }
-    outputs = _answer(model, **both, past_key_values=answered.past_key_values)
+    outputs = _answer(model, **both, **{CACHE: answered.past_key_values})
     return _follow(reference, outputs, both)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..llava import as_llava
 from ..modeling import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+from ..modeling.compat_voco_llama import CACHE
 from ..pictures import choose, join, name_number, prepare
 
 
@@ -142,7 +144,7 @@ def _llava_reader(
 
     def read(questions: list[str], images: list[int]) -> list[str]:
         prompts = [prompt.replace(processor.image_token, image) for prompt in make_prompts(processor, questions)]
-        return read_llava(llava, processor, prompts, choose(pixels, images), max_new_tokens)
+        return read_llava(llava, processor, prompts, images, partial(choose, pixels), max_new_tokens)
 
     return read
 
@@ -164,8 +166,11 @@ def uncompressed_video_reader(
                 prompt.replace(processor.video_token, prefix + frame * len(indices))
                 for prompt, indices in zip(make_prompts(processor, questions, "video"), seen, strict=True)
             ]
-            chosen = choose({"pixel_values": pixel_values}, [index for row in seen for index in row])
-            return read_llava(llava, processor, prompts, chosen)
+
+            def frames_of(chosen: list[int]) -> Pixels:
+                return {"pixel_values": pixel_values[[index for video in chosen for index in shown[video]]]}
+
+            return read_llava(llava, processor, prompts, videos, frames_of)
 
         return read
 
@@ -176,20 +181,41 @@ def read_llava(
     llava: PreTrainedModel,
     processor: VoCoLlamaProcessor,
     prompts: list[str],
-    pixels: Pixels,
+    shown: list[int],
+    pixels_of: Callable[[list[int]], Pixels],
     max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> list[str]:
-    """Answers of a LLaVA to prompts that hold a placeholder for every vision token of the images."""
-    inputs = processor.tokenizer(
-        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    ).to(llava.device)
-    ids = llava.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        **BatchFeature(pixels).to(llava.device, llava.dtype),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
+    """
+    Answers of a LLaVA. What several prompts show is read once, for all of them.
+
+    Args:
+        llava ([`~transformers.PreTrainedModel`]): The model.
+        processor ([`VoCoLlamaProcessor`]): Its processor.
+        prompts (`list[str]`): Texts with a placeholder for every vision token, the same up to the last one where the
+            same is shown.
+        shown (`list[int]`): What each prompt shows, by its number.
+        pixels_of (`Callable`): Pixels of what has these numbers.
+        max_new_tokens (`int`): Longest answer.
+    """
+    rows = processor.tokenizer(prompts, add_special_tokens=False).input_ids
+    ends = [len(row) - row[::-1].index(llava.config.image_token_id) for row in rows]
+    row_of = {one: index for index, one in reversed(list(enumerate(shown)))}
+    pad = partial(processor.tokenizer.pad, padding_side="left", return_tensors="pt")
+    heads = pad({"input_ids": [rows[index][: ends[index]] for index in row_of.values()]}).to(llava.device)
+    tails = pad({"input_ids": [row[end:] for row, end in zip(rows, ends)]}).to(llava.device)
+    with torch.no_grad():
+        cache = llava(
+            **heads,
+            position_ids=(heads["attention_mask"].cumsum(-1) - 1).clamp(min=0),
+            **BatchFeature(pixels_of(list(row_of))).to(llava.device, llava.dtype),
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+    place = {one: index for index, one in enumerate(row_of)}
+    chosen = torch.tensor([place[one] for one in shown], device=llava.device)
+    cache.batch_select_indices(chosen)
+    inputs = {name: torch.cat([heads[name][chosen], tails[name]], dim=1) for name in ("input_ids", "attention_mask")}
+    ids = llava.generate(**inputs, **{CACHE: cache}, max_new_tokens=max_new_tokens, do_sample=False)
     return decode_answers(processor, ids[:, inputs["input_ids"].shape[1] :])
 
 
