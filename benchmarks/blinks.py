@@ -24,7 +24,7 @@ from voco_llama_hf.files import written_aside
 from voco_llama_hf.scenes.phases import load_trained, train_phase
 from voco_llama_hf.scenes.recipe import FROZEN_TOWER, Phase
 from voco_llama_hf.scenes.retention.report import origin
-from voco_llama_hf.scenes.retention.sizes import sized
+from voco_llama_hf.scenes.retention.sizes import SIZES
 from voco_llama_hf.scenes.retention.videos import VIDEO_QUESTIONS, VideoStudy
 from voco_llama_hf.scenes.video_evaluation import evaluate_videos
 
@@ -63,7 +63,7 @@ def main(
 ) -> None:
     """Train on, phase after phase, and ask after each."""
     console = Console(width=100)
-    study = VideoStudy(work_dir, sized(size), compile=compile)
+    study = VideoStudy(work_dir, SIZES[size], compile=compile)
     console.rule("the model that this starts from")
     study.prepare()
     previous, results = study.start, {}

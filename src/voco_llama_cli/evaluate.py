@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from voco_llama_hf.scenes.retention.sizes import Size
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
 TABLE_WIDTH, STUDY_WIDTH = 132, 200
@@ -140,6 +144,14 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Of what trains: steps that everything is trained for, by default as the size."),
     ] = None,
+    learning_rates: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--learning-rate",
+            help="Of what trains: peak learning rate, by default that of the size. Given several times, of images: "
+            "every arm is trained with each, with the first seed, and takes the one that reads validation best.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Of what trains: how often everything is trained.")] = 3,
     include_path: Annotated[
         Path | None, typer.Option(help="Of lmms: folder of further tasks in lmms-eval's YAML format.")
@@ -210,13 +222,15 @@ def evaluate(
             raise UsageProblem(
                 f"--suite {suite} trains its own models: --model, --device, --dtype and --batch-size do not go with it"
             )
+        trained = chosen_size(suite, size, steps, learning_rates)
         if suite is Suite.distillation:
             if counts != (1,):
                 raise UsageProblem("--suite distillation compresses into one token: --num-voco-tokens is 1")
-            compare_distillation(folder, size, steps, seeds, split.value, limit, output, plot)
-            return
-        compare = compare_compressors if suite is Suite.retention else compare_video_compressors
-        compare(folder, size, steps, seeds, split.value, counts, limit, output, plot)
+            compare_distillation(folder, trained, seeds, split.value, limit, output, plot)
+        elif suite is Suite.video_retention:
+            compare_video_compressors(folder, trained, seeds, split.value, counts, limit, output, plot)
+        else:
+            compare_compressors(folder, size.value, trained, seeds, split.value, counts, limit, output, plot)
 
 
 def check_no_lmms_options(suite: Suite, tasks: list[str] | None, *options: object) -> None:
@@ -291,10 +305,28 @@ def evaluate_model(
         results.plot(plot)
 
 
+def chosen_size(suite: Suite, size: StudySize, steps: int | None, learning_rates: list[float] | None) -> Size:
+    """
+    A size, perhaps with other steps and learning rates.
+
+    Raises:
+        UsageProblem: if the learning rates do not go with the suite, or are none.
+    """
+    from voco_llama_hf.scenes.retention.sizes import SIZES
+
+    rates = tuple(learning_rates or SIZES[size.value].learning_rates)
+    if min(rates) <= 0 or not all(map(isfinite, rates)):
+        raise UsageProblem(f"--learning-rate must be above 0, got {' '.join(map(str, rates))}")
+    if len(rates) > 1 and suite is Suite.video_retention:
+        raise UsageProblem("--suite video-retention trains with one --learning-rate")
+    chosen = replace(SIZES[size.value], learning_rates=rates)
+    return chosen if steps is None else replace(chosen, steps=steps)
+
+
 def compare_compressors(
     work_dir: Path,
-    size: StudySize,
-    steps: int | None,
+    name: str,
+    size: Size,
     seeds: int,
     split: str,
     counts: tuple[int, ...],
@@ -306,16 +338,15 @@ def compare_compressors(
     import datasets
 
     from voco_llama_hf.scenes.retention.report import Comparison
-    from voco_llama_hf.scenes.retention.sizes import sized
     from voco_llama_hf.scenes.retention.study import Study, run_study, trace
 
     datasets.disable_progress_bars()
     console = wide_console(STUDY_WIDTH)
-    study = Study(work_dir, sized(size.value, steps))
+    study = Study(work_dir, size)
     counts = tuple(sorted(set(counts)))
     results = run_study(study, counts, range(seeds), split, limit, report=console.rule)
     courses = trace(study, counts, range(seeds))
-    comparison = Comparison(size.value, study.size.steps, split, limit, results, courses)
+    comparison = Comparison(name, size.steps, split, limit, results, courses)
     comparison.print(console)
     if output is not None:
         comparison.save(output)
@@ -325,8 +356,7 @@ def compare_compressors(
 
 def compare_video_compressors(
     work_dir: Path,
-    size: StudySize,
-    steps: int | None,
+    size: Size,
     seeds: int,
     split: str,
     counts: tuple[int, ...],
@@ -337,12 +367,11 @@ def compare_video_compressors(
     """Trains and asks everything of the video-retention suite."""
     import datasets
 
-    from voco_llama_hf.scenes.retention.sizes import sized
     from voco_llama_hf.scenes.retention.videos import VideoStudy, run_video_study
 
     datasets.disable_progress_bars()
     console = wide_console()
-    study = VideoStudy(work_dir, sized(size.value, steps))
+    study = VideoStudy(work_dir, size)
     comparison = run_video_study(study, sorted(set(counts)), range(seeds), split, limit, report=console.rule)
     console.print(comparison.table())
     if output is not None:
@@ -353,8 +382,7 @@ def compare_video_compressors(
 
 def compare_distillation(
     work_dir: Path,
-    size: StudySize,
-    steps: int | None,
+    size: Size,
     seeds: int,
     split: str,
     limit: int,
@@ -365,11 +393,10 @@ def compare_distillation(
     import datasets
 
     from voco_llama_hf.scenes.retention.distilling import DistillationStudy, run_distillation
-    from voco_llama_hf.scenes.retention.sizes import sized
 
     datasets.disable_progress_bars()
     console = wide_console()
-    study = DistillationStudy(work_dir, sized(size.value, steps))
+    study = DistillationStudy(work_dir, size)
     results = run_distillation(study, range(seeds), split, limit, report=console.rule)
     results.print(console)
     if output is not None:

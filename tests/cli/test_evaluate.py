@@ -55,6 +55,21 @@ def test_errors(evaluate, tmp_path, args, message):
     assert message in evaluate(*[arg.format(folder=tmp_path) for arg in args], exit_code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("suite", "rates", "message"),
+    [
+        ("retention", ["0"], "--learning-rate must be above 0, got 0.0"),
+        ("distillation", ["1e-3", "nan"], "--learning-rate must be above 0, got 0.001 nan"),
+        ("video-retention", ["1e-3", "2e-3"], "trains with one --learning-rate"),
+    ],
+)
+def test_learning_rates_that_cannot_be_trained_with(invoke, tmp_path, suite, rates, message):
+    options = [option for rate in rates for option in ("--learning-rate", rate)]
+    refused = invoke("evaluate", "--suite", suite, *options, "--work-dir", tmp_path / "runs", exit_code=2)
+    assert message in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_existing_output(evaluate, tmp_path):
     (tmp_path / "results.json").write_text("old")
     assert "--force to replace it" in evaluate("--output", tmp_path / "results.json", exit_code=2).stderr

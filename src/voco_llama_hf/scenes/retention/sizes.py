@@ -69,8 +69,3 @@ SMALL_SIZE = replace(
 # 64 vision tokens, up to nine objects: hours
 SCENES_64_SIZE = Size()
 SIZES = {"mini": MINI_SIZE, "small": SMALL_SIZE, "scenes-64": SCENES_64_SIZE}
-
-
-def sized(name: str, steps: int | None = None) -> Size:
-    """A size, perhaps with other steps."""
-    return SIZES[name] if steps is None else replace(SIZES[name], steps=steps)
