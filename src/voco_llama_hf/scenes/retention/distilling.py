@@ -18,16 +18,14 @@ from ..data import Draw
 from ..evaluation import ScenesResults
 from ..readers import uncompressed_reader
 from ..recipe import Phase, Recipe
-from ..still import DIFFICULTIES
-from .describing import LONGEST_DESCRIPTION, OBJECTS
+from .describing import LONGEST_DESCRIPTION
 from .following import Curve
-from .report import origin, percent, plot_curves
+from .report import one_token_sheet, origin, plot_curves
 from .study import Arm, Study, fixed_arm, run_arms
 
 
 KNOWN, UNKNOWN = 500, 4000  # scenes
 ANSWERED_AT_A_TIME = 64  # of them
-MEASURED = {OBJECTS: "objects", "all": "questions"}
 
 
 @dataclass(frozen=True)
@@ -163,14 +161,8 @@ class Lessons:
 
     def sheet(self) -> Sheet:
         """Objects that are named and answers that are right, in percent, by arm, of sparse and dense scenes."""
-        columns = [(difficulty, group) for difficulty in DIFFICULTIES for group in MEASURED]
-        rows = [
-            [arm, *(percent([one.accuracy["k=1"][kind][group] for one in by_seed]) for kind, group in columns)]
-            for arm, by_seed in self.results.items()
-        ]
-        headings = [f"{MEASURED[group]}, {difficulty}" for difficulty, group in columns]
         title = f"One VoCo token, few answers: percent ({self.about['steps']} steps)"
-        return Sheet(title, ["trained with", *headings], rows)
+        return one_token_sheet(title, "trained with", self.results)
 
     def print(self, console: Console) -> None:
         """Prints the table, in percent."""

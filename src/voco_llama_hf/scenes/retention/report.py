@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ...benchmark.report import Sheet
 from ...benchmark.results import hardware
 from ...files import written_aside
 from ..evaluation import ScenesResults, retention
@@ -44,6 +45,24 @@ def origin() -> dict[str, object]:
         "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
     }
+
+
+def one_token_sheet(title: str, heading: str, results: dict[str, list[ScenesResults]]) -> Sheet:
+    """
+    Objects that are named and answers that are right from one VoCo token, in percent, of sparse and dense scenes.
+
+    Args:
+        title (`str`): Of the table.
+        heading (`str`): Of the arms.
+        results (`dict[str, list[ScenesResults]]`): By arm, one a seed.
+    """
+    columns = [(difficulty, group) for difficulty in DIFFICULTIES for group in RETAINED]
+    rows = [
+        [arm, *(percent([one.accuracy["k=1"][kind][group] for one in by_seed]) for kind, group in columns)]
+        for arm, by_seed in results.items()
+    ]
+    headings = [f"{'objects' if group == OBJECTS else 'questions'}, {difficulty}" for difficulty, group in columns]
+    return Sheet(title, [heading, *headings], rows)
 
 
 @dataclass
