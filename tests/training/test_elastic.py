@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_llama_hf.training.elastic import draw_num_voco_tokens, keep_voco_tokens
+from voco_llama_hf.training.elastic import draw_num_voco_tokens, draw_several, keep_voco_tokens, repeat_rows
 
 
 VOCO, PAD = 1, 0
@@ -68,3 +68,33 @@ def test_draws_depend_on_seed_and_step_alone():
     assert draws == [draw_num_voco_tokens([1, 2, 2, 0], seed=3, step=step) for step in range(400)]
     assert draws != [draw_num_voco_tokens([1, 2, 2, 0], seed=4, step=step) for step in range(400)]
     assert set(draws) == {0, 1, 2} and 150 < draws.count(2) < 250
+
+
+@given(layouts, st.lists(st.integers(1, 5), min_size=1, max_size=3, unique=True))
+@settings(max_examples=50, deadline=None)
+def test_repeated_rows_are_those_made_with_each_number(rows, numbers):
+    num_images = sum(len(texts) - 1 for texts in rows)
+
+    def build(k):
+        return make_batch([write_row([k] * (len(texts) - 1), texts) for texts in rows], [k] * num_images)
+
+    batch = build(max(numbers))
+    repeated = repeat_rows(batch, numbers, VOCO, PAD)
+    assert repeated["pixel_values"] is batch["pixel_values"]
+    assert repeated["image_indices"].tolist() == list(range(num_images)) * len(numbers)
+    assert repeated["num_voco_tokens"].tolist() == [k for k in numbers for _ in range(num_images)]
+    for place, k in enumerate(numbers):
+        part, own = slice(place * len(rows), (place + 1) * len(rows)), build(k)
+        length = own["input_ids"].shape[1]
+        for name, padding in (("input_ids", PAD), ("attention_mask", 0), ("labels", -100)):
+            assert torch.equal(repeated[name][part, :length], own[name]), name
+            assert (repeated[name][part, length:] == padding).all()
+
+
+def test_several_draws_differ_and_begin_with_the_only_one():
+    choices = [1, 1, 1, 2, 4, 0]
+    for step in range(200):
+        drawn = draw_several(choices, 3, step, 2)
+        assert drawn[0] == draw_num_voco_tokens(choices, 3, step)
+        assert drawn == [0] or (len(set(drawn)) == 2 and 0 not in drawn)
+        assert draw_several(choices, 3, step, 1) == drawn[:1]

@@ -59,6 +59,7 @@ PATTERNS = {"one has an image": (1, 0), "the other has": (0, 1), "none": (0,), "
 KINDS = {
     "single pass": {"num_voco_tokens": [1, 2, 0]},
     "two stages": {"two_stages": True, "num_voco_tokens": [2]},
+    "several draws": {"two_stages": True, "num_voco_tokens": [2, 1, 4], "draws_per_step": 2},
     "distilled": {"num_voco_tokens": [2, 1], "distillation_weight": 0.5},
     "everything trained": {"num_voco_tokens": [2], "freeze": [], "gradient_checkpointing": True},
 }

@@ -15,7 +15,7 @@ from training.sft_helpers import (
     record_inputs,
     same_weights,
 )
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
@@ -131,6 +131,41 @@ def test_elastic_steps_draw_their_number_and_evaluation_keeps_the_first(tmp_path
     assert trainer.model.config.num_voco_tokens == trainer.processing_class.num_voco_tokens == 2
 
 
+@pytest.mark.parametrize("distillation", [{}, {"distillation_weight": 0.5}], ids=["words", "distilled"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_several_draws_learn_what_steps_of_each_learn(tmp_path, accumulation, distillation):
+    """The loss and the gradient are the means of those of two trainings that draw one number each."""
+
+    def first_step(choices, draws_per_step=1):
+        found = {}
+        trainer = make_trainer(
+            tmp_path,
+            dataset=conversations(8, images_per_row=(1, 2)),
+            num_voco_tokens=choices,
+            draws_per_step=draws_per_step,
+            two_stages=True,
+            max_steps=1,
+            max_grad_norm=0.0,
+            gradient_accumulation_steps=accumulation,
+            **distillation,
+        )
+
+        class Record(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+                found.update((name, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None)
+
+        trainer.add_callback(Record())
+        trainer.train()
+        return losses(trainer)[0], found
+
+    (few_loss, few), (many_loss, many), (loss, gradient) = first_step([1]), first_step([4]), first_step([4, 1], 2)
+    assert few_loss != pytest.approx(many_loss, rel=1e-3)
+    assert loss == pytest.approx((few_loss + many_loss) / 2, rel=1e-4)
+    assert gradient.keys() == few.keys() == many.keys()
+    for name, value in gradient.items():
+        torch.testing.assert_close(value, (few[name] + many[name]) / 2, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_frozen_parts_stay_and_the_others_move(tmp_path):
     _processor, before = processor_and_model()
     trainer = make_trainer(tmp_path)
@@ -152,6 +187,10 @@ def test_freezing_what_is_not_there_is_an_error(tmp_path):
         ({"num_voco_tokens": []}, "num_voco_tokens"),
         ({"distillation_weight": 1.5}, "distillation_weight"),
         ({"distillation_temperature": 0.0}, "distillation_temperature"),
+        ({"draws_per_step": 0}, "draws_per_step must be at least 1"),
+        ({"draws_per_step": 2, "num_voco_tokens": [1, 2]}, "needs two_stages"),
+        ({"draws_per_step": 2, "num_voco_tokens": [2, 2, 0], "two_stages": True}, "there are 1 numbers to draw from"),
+        ({"draws_per_step": 2, "two_stages": True}, "there are 0 numbers to draw from"),
         ({"two_stages": True, "gradient_checkpointing": True}, "gradient checkpointing needs long sequences"),
     ],
 )

@@ -147,6 +147,7 @@ class VoCoLlamaCompressionMixin:
         num_voco_tokens: int | list[int] | torch.Tensor | None,
         voco_mask: np.ndarray,
         start: int = 0,
+        image_indices: torch.Tensor | None = None,
         **vision_options,
     ) -> CompressedImages:
         """
@@ -163,6 +164,8 @@ class VoCoLlamaCompressionMixin:
                 True at the `<voco>` tokens of these images, and nowhere else.
             start (`int`, *optional*, defaults to 0):
                 Column of the whole sequence at which the mask begins.
+            image_indices (`torch.LongTensor` of shape `(num_places,)`, *optional*):
+                Which of the images stands in each place, see [`VoCoLlamaModel.forward`].
             vision_options:
                 What [`VoCoLlamaModel.get_vision_features`] takes beside `pixel_values`.
 
@@ -171,7 +174,8 @@ class VoCoLlamaCompressionMixin:
                 `voco_cache`.
         """
         given: Any = pixel_values if voco_cache is None else voco_cache  # one of both is there
-        counts = fit_counts(voco_mask, len(given), num_voco_tokens, voco_cache)
+        places = None if image_indices is None else check_image_indices(image_indices, len(given))
+        counts = fit_counts(voco_mask, len(given if places is None else places), num_voco_tokens, voco_cache)
         self._check_rotation()
         if voco_cache is not None:
             check_cache(voco_cache, self.config, self.fingerprint(exact=False))
@@ -180,7 +184,12 @@ class VoCoLlamaCompressionMixin:
             # With a gradient all of them stay in memory, however many are compressed at a time
             num_tiles = given.shape[:-3].numel()
             batch_size = num_tiles if torch.is_grad_enabled() else COMPRESSION_BATCH_SIZE
-            keys, values, hidden_states = compress_images(self, given, counts, batch_size, **vision_options)
+            most = counts if places is None else most_voco_tokens(places, counts, len(given))
+            states = compress_images(self, given, most, batch_size, **vision_options)
+            if places is not None:
+                tokens = torch.tensor(first_voco_tokens(places, counts, most))
+                states = [state[tokens.to(state.device)] for state in states]
+            keys, values, hidden_states = states
         return CompressedImages.place(keys, values, hidden_states, counts, voco_mask, start)
 
     def rotate_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -219,6 +228,33 @@ class VoCoLlamaCompressionMixin:
         return self._fingerprint.get(self, exact)
 
 
+def check_image_indices(image_indices: torch.Tensor, num_images: int) -> list[int]:
+    """
+    Which image stands in each place.
+
+    Raises:
+        ValueError: if there is no such image, or an image that stands nowhere.
+    """
+    places = image_indices.tolist()
+    if sorted(set(places)) != list(range(num_images)):
+        raise ValueError(f"image_indices must name each of the {num_images} images of pixel_values, got {places}")
+    return places
+
+
+def most_voco_tokens(places: list[int], counts: list[int], num_images: int) -> list[int]:
+    """The largest number of VoCo tokens that each image has in any place."""
+    most = [0] * num_images
+    for image, count in zip(places, counts):
+        most[image] = max(most[image], count)
+    return most
+
+
+def first_voco_tokens(places: list[int], counts: list[int], most: list[int]) -> list[int]:
+    """Of the VoCo tokens of images, those of each place: few are the first ones of many, which they do not see."""
+    starts = [sum(most[:image]) for image in range(len(most))]
+    return [starts[image] + offset for image, count in zip(places, counts) for offset in range(count)]
+
+
 def fit_counts(
     voco_mask: np.ndarray,
     num_images: int,
@@ -238,4 +274,4 @@ def fit_counts(
     return counts if voco_cache is None else voco_cache.resolve(counts)
 
 
-__all__ = ["COMPRESSION_BATCH_SIZE", "VoCoLlamaCompressionMixin", "fit_counts"]
+__all__ = ["COMPRESSION_BATCH_SIZE", "VoCoLlamaCompressionMixin", "check_image_indices", "fit_counts"]

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_voco_llama import MASKABLE_ATTENTION, takes_masks
 from .cache_voco_llama import VoCoCache
-from .compression_voco_llama import VoCoLlamaCompressionMixin
+from .compression_voco_llama import VoCoLlamaCompressionMixin, check_image_indices
 from .configuration_voco_llama import VoCoLlamaConfig, check_text_config
 from .fingerprint_voco_llama import Fingerprint, FingerprintMemo
 from .generation_voco_llama import VoCoLlamaGenerationMixin, num_seen_tokens
@@ -164,6 +164,7 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         vision_feature_select_strategy: str | None = None,
         cache: Cache | None = None,
         image_sizes: torch.Tensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         **kwargs,
     ) -> VoCoLlamaModelOutputWithPast:
         """
@@ -198,6 +199,10 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 Height and width of each image before it was divided into tiles, as the processor returns them.
                 `pixel_values` then has the shape `(num_images, num_tiles, 3, height, width)`, see [`TiledImages`].
+            image_indices (`torch.LongTensor` of shape `(num_places,)`, *optional*):
+                For images that stand in several rows, or with several numbers of VoCo tokens: which of `pixel_values`
+                stands in each place of the batch. `num_voco_tokens` are those of the places then, and in two stages an
+                image is compressed once for all of its own.
 
         Returns:
             [`VoCoLlamaModelOutputWithPast`], aligned with the short sequence.
@@ -216,6 +221,8 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
             use_cache = self.config.text_config.use_cache
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if image_indices is not None and pixel_values is None:
+            raise ValueError("image_indices are those of pixel_values: pass these too")
         if text_groups is not None and not (images_given and cache is None and takes_masks(self.config.text_config)):
             raise ValueError(
                 "text_groups needs images, no past_key_values, and an attention that takes masks "
@@ -232,6 +239,9 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         if pixel_values is not None and not two_stages:
             voco_mask = self.get_voco_mask(input_ids, inputs_embeds)
             vision = self.get_vision_features(pixel_values, **vision_options)
+            if image_indices is not None:
+                places = check_image_indices(image_indices, len(vision))
+                vision = vision[places] if isinstance(vision, torch.Tensor) else [vision[index] for index in places]
             return run_single_pass(
                 self, inputs_embeds, vision, voco_mask, num_voco_tokens, mode, text_groups, **language_inputs
             )
@@ -241,7 +251,7 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
             # Read where the host is: one wait for the device instead of one for every number
             on_host = self.get_voco_mask(input_ids, inputs_embeds).cpu().numpy()
             compressed_images = self.get_compressed_images(
-                pixel_values, voco_cache, num_voco_tokens, on_host, start, **vision_options
+                pixel_values, voco_cache, num_voco_tokens, on_host, start, image_indices, **vision_options
             )
         if compressed_images is not None and compressed_images.stand_in(start, length):
             images = compressed_images.window(start, length, batch_size)

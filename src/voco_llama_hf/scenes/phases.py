@@ -152,6 +152,7 @@ def make_trainer(
         gradient_checkpointing=False,
         num_voco_tokens=list(phase.num_voco_tokens),
         two_stages=phase.two_stages,
+        draws_per_step=phase.draws,
         freeze=list(phase.freeze),
         assistant_only_loss=True,
         max_length=None,

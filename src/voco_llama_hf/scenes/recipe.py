@@ -20,6 +20,7 @@ class Phase:
         scheduler (`str`): Learning rate schedule after the warmup.
         decay (`float`): Share of the steps over which `"warmup_stable_decay"` falls.
         num_voco_tokens (`tuple[int, ...]`): Numbers of VoCo tokens to draw from; 0 reads the uncompressed image.
+        draws (`int`): Numbers that are drawn for a step, see [`VoCoSFTConfig`]; needs `two_stages`.
         questions (`int`): Number of questions about each image.
         describe (`bool`): Whether a description of the scene ends every conversation: it asks for all that there is
             to see, which a compressed image learns to keep.
@@ -45,6 +46,7 @@ class Phase:
     learning_rate: float
     scheduler: str
     num_voco_tokens: tuple[int, ...]
+    draws: int = 1
     questions: int = 8
     describe: bool = False
     single: bool = False

@@ -34,6 +34,10 @@ class VoCoSFTConfig(SFTConfig):
             Compress all images of a batch together, and let the text read what is left of them, instead of running
             long sequences with all vision tokens: less work for rows of several images or of many frames. Not with
             gradient checkpointing.
+        draws_per_step (`int`, *optional*, defaults to 1):
+            Different numbers that are drawn for a step: every image is compressed once, into the most VoCo tokens of
+            them, and every row is read with each, for few VoCo tokens are the first of many. Needs `two_stages`. Steps
+            that read uncompressed images have no other.
         group_by_modality_length (`bool`, *optional*, defaults to `False`):
             Whether the rows of a step are of one modality and about one length, as in LLaVA's own recipe: less
             padding, and no step waits for a lone image. The data set has columns `length` and `modality`, as that of
@@ -69,6 +73,10 @@ class VoCoSFTConfig(SFTConfig):
     two_stages: bool = field(
         default=False,
         metadata={"help": "Compress the images of a batch first, for rows of several images or of many frames."},
+    )
+    draws_per_step: int = field(
+        default=1,
+        metadata={"help": "Different numbers that the images of a step, compressed once, are read with (two_stages)."},
     )
     group_by_modality_length: bool = field(
         default=False,
@@ -121,6 +129,7 @@ class VoCoSFTConfig(SFTConfig):
                     "distillation compares with all of an uncompressed image: it goes with num_voco_tokens, not with "
                     "num_voco_tokens_per_tile"
                 )
+        self._check_draws()
         if self.two_stages and self.gradient_checkpointing:
             raise ValueError(
                 "gradient checkpointing needs long sequences: two_stages goes with gradient_checkpointing=False"
@@ -129,6 +138,16 @@ class VoCoSFTConfig(SFTConfig):
             raise ValueError(f"distillation_weight must lie between 0 and 1, got {self.distillation_weight}")
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature must be above 0, got {self.distillation_temperature}")
+
+    def _check_draws(self) -> None:
+        if self.draws_per_step < 1:
+            raise ValueError(f"draws_per_step must be at least 1, got {self.draws_per_step}")
+        if self.draws_per_step == 1:
+            return
+        if not self.two_stages:
+            raise ValueError("draws_per_step above 1 needs two_stages, which compress an image once for all draws")
+        if (number := len(set(self.choices or []) - {0})) < self.draws_per_step:
+            raise ValueError(f"draws_per_step is {self.draws_per_step}, but there are {number} numbers to draw from")
 
 
 __all__ = ["VoCoSFTConfig"]

@@ -31,7 +31,7 @@ from .distillation import (
     on_last_hidden_states,
     read_uncompressed,
 )
-from .elastic import draw_num_voco_tokens, keep_voco_tokens
+from .elastic import draw_several, keep_voco_tokens, repeat_rows
 from .model_card import without_automatic_card, write_training_card
 from .sampling import EpochCallback, ModalityLengthSampler
 from .sft_config import OWN_TEACHERS, VoCoSFTConfig
@@ -204,17 +204,21 @@ class VoCoSFTTrainer(SFTTrainer):
             inputs["two_stages"] = True
         if choices is None or "num_voco_tokens" not in inputs:
             return inputs
-        drawn = choices[0]
+        drawn = choices[:1]
         if self.model.training:
-            drawn = draw_num_voco_tokens(choices, self.args.seed, self.state.global_step)
-        tokenizer = self._tokenizer
-        voco_token_id = bare(self.model).config.voco_token_id
-        inputs = keep_voco_tokens(inputs, max(1, drawn), voco_token_id, tokenizer.pad_token_id)
-        if drawn == 0:
+            drawn = draw_several(choices, self.args.seed, self.state.global_step, self.args.draws_per_step)
+        ids = bare(self.model).config.voco_token_id, self._tokenizer.pad_token_id
+        if len(drawn) > 1:
+            return repeat_rows(inputs, drawn, *ids)
+        inputs = keep_voco_tokens(inputs, max(1, *drawn), *ids)
+        if drawn == [0]:
             inputs["attention_mode"] = "uncompressed"
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "image_indices" in inputs and num_items_in_batch is not None:
+            # Counted before rows were repeated
+            num_items_in_batch = num_items_in_batch * (len(inputs["image_indices"]) // len(inputs["pixel_values"]))
         # A model teaches itself nothing about what it reads uncompressed anyway
         is_own_reading = inputs.get("attention_mode") == "uncompressed" and self.args.teacher == "self"
         if self.args.distillation_weight == 0 or (is_own_reading and self.teacher_model is None):

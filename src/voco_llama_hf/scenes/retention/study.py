@@ -64,6 +64,7 @@ class Arm:
         num_tokens (`int`): Tokens that it makes of an image.
         distillation_weight (`float`): Weight of the divergence from the model that all arms start from.
         distillation_temperature (`float`): Softens both distributions.
+        draws (`int`): Numbers of VoCo tokens that each step reads its images with.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Arm:
     num_tokens: int = 1
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
+    draws: int = 1
 
     @property
     def folder(self) -> str:
@@ -238,9 +240,11 @@ class Study:
             learning_rate,
             "cosine",
             arm.num_voco_tokens,
+            draws=arm.draws,
             questions=self.size.questions,
             describe=True,
             single=True,
+            two_stages=arm.draws > 1,
             freeze=FROZEN_TOWER,
             evaluations=min(EVALUATIONS, self.size.steps),
         )
