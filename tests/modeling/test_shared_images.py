@@ -97,3 +97,14 @@ def test_indices_without_pixels(model):
     ids = torch.tensor([[5, 6]])
     with pytest.raises(ValueError, match="image_indices are those of pixel_values"):
         model(input_ids=ids, image_indices=torch.tensor([0]))
+
+
+def test_a_generation_about_one_image_takes_its_cache_several_times(model):
+    inputs = random_inputs(model, [["image:2", "text:3"], ["image:2", "text:4"]])
+    pixels = inputs.pop("pixel_values")[:1]
+    indices = torch.tensor([0, 0])
+    with pytest.raises(ValueError, match=r"voco_cache=cache\[indices\]"):
+        model.generate(**inputs, pixel_values=pixels, image_indices=indices, max_new_tokens=3)
+    shared = model.generate(**inputs, voco_cache=model.compress(pixels, 2)[indices], max_new_tokens=3)
+    repeated = model.generate(**inputs, pixel_values=pixels[indices], max_new_tokens=3)
+    assert torch.equal(shared, repeated)

@@ -66,6 +66,11 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
                 f'generate works in attention_mode="voco", got "{mode}"; to generate uncompressed, load these weights '
                 "into LlavaForConditionalGeneration"
             )
+        if kwargs.get("image_indices") is not None:
+            raise ValueError(
+                "generate takes no image_indices: compress images that stand in several places once, and pass "
+                "voco_cache=cache[indices]"
+            )
         if attention_mode is not None:
             kwargs["attention_mode"] = attention_mode
         if pixel_values is not None and voco_cache is not None:
