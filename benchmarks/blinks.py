@@ -11,7 +11,6 @@ goes on. What an interrupted run has left is kept there.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,10 +19,9 @@ import typer
 from rich.console import Console
 
 from voco_llama_hf import VoCoLlamaProcessor
-from voco_llama_hf.files import written_aside
 from voco_llama_hf.scenes.phases import load_trained, train_phase
 from voco_llama_hf.scenes.recipe import FROZEN_TOWER, Phase
-from voco_llama_hf.scenes.retention.report import origin
+from voco_llama_hf.scenes.retention.report import write_record
 from voco_llama_hf.scenes.retention.sizes import SIZES
 from voco_llama_hf.scenes.retention.videos import VIDEO_QUESTIONS, VideoStudy
 from voco_llama_hf.scenes.video_evaluation import evaluate_videos
@@ -74,9 +72,7 @@ def main(
         results[phase.name] = evaluate_videos(model, processor, "test", (k,), limit=limit)
         console.print(results[phase.name].table())
     if output is not None:
-        record = {**origin(), "size": size, "k": k, "results": {name: asdict(r) for name, r in results.items()}}
-        with written_aside(output) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(output, size=size, k=k, results={name: asdict(found) for name, found in results.items()})
 
 
 if __name__ == "__main__":

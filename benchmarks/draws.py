@@ -2,29 +2,26 @@
 
 The arm "elastic" of `voco-llama evaluate --suite retention`, which draws one of k = 1, 2, 8 and the uncompressed image
 for every step, and the same with two and with all three k in a step, `draws_per_step` of `VoCoSFTConfig`: every image
-is still compressed once. All take as many steps. Ten minutes a seed on a CPU core that is fast in bfloat16, once the
-model is trained that they start from, that of the suite, in whose folder this goes on; what an interrupted run has
-left is kept there.
+is still compressed once. All take as many steps; what a step costs more, `benchmarks/train_step.py` measures. Ten
+minutes a seed on a CPU core that is fast in bfloat16, once the model is trained that they start from, that of the
+suite, in whose folder this goes on; what an interrupted run has left is kept there.
 
     python benchmarks/draws.py --output benchmarks/results/draws_small_cpu.json
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import mean
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from voco_llama_hf.benchmark.report import Sheet
-from voco_llama_hf.files import written_aside
 from voco_llama_hf.scenes.evaluation import ScenesResults
 from voco_llama_hf.scenes.retention.describing import OBJECTS
-from voco_llama_hf.scenes.retention.report import origin, percent
+from voco_llama_hf.scenes.retention.report import percent, write_record
 from voco_llama_hf.scenes.retention.sizes import SIZES
 from voco_llama_hf.scenes.retention.study import Study, elastic_arm, run_arms
 
@@ -48,28 +45,20 @@ def main(
     results = run_arms(
         study, ARMS, range(seeds), lambda arm, seed: study.answers(arm, seed, "test", limit), console.rule
     )
-    seconds = {
-        arm.name: [
-            json.loads((study.folder_of(arm, seed) / "log.json").read_text())["seconds"] for seed in range(seeds)
-        ]
-        for arm in ARMS
-    }
-    make_sheet(results, seconds).print(console)
+    make_sheet(results).print(console)
     if output is not None:
         found = {arm: [asdict(one) for one in by_seed] for arm, by_seed in results.items()}
-        record = {**origin(), "size": size, "limit": limit, "seeds": seeds, "seconds": seconds, "results": found}
-        with written_aside(output) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(output, size=size, limit=limit, seeds=seeds, results=found)
 
 
-def make_sheet(results: dict[str, list[ScenesResults]], seconds: dict[str, list[float]]) -> Sheet:
+def make_sheet(results: dict[str, list[ScenesResults]]) -> Sheet:
     """Objects of dense scenes that are named, and answers about them that are right, in percent, by reading."""
     rows = []
     for arm, by_seed in results.items():
         for reading in by_seed[0].accuracy:
             shares = [[one.accuracy[reading]["dense"][group] for one in by_seed] for group in (OBJECTS, "all")]
-            rows.append([arm, reading, *map(percent, shares), f"{mean(seconds[arm]):.0f}"])
-    headings = ["trained", "asked", "objects, dense", "questions, dense", "seconds"]
+            rows.append([arm, reading, *map(percent, shares)])
+    headings = ["trained", "asked", "objects, dense", "questions, dense"]
     return Sheet("Numbers of VoCo tokens in a step: percent", headings, rows)
 
 

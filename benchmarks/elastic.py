@@ -10,7 +10,6 @@ an arm on two CPU cores; what an interrupted run has left is kept in the work fo
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT
-from voco_llama_hf.files import written_aside
-from voco_llama_hf.scenes.retention.report import origin
+from voco_llama_hf.scenes.retention.report import write_record
 from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.retention.study import Arm, Study, elastic_arm, fixed_arm
 from voco_llama_hf.scenes.still import DIFFICULTIES
@@ -51,17 +49,9 @@ def main(
         accuracy[arm.name] = study.answers(arm, seed, "test", limit).accuracy
     console.print(make_table(arms, accuracy))
     if output is not None:
-        record = {
-            **origin(),
-            "steps": steps,
-            "seed": seed,
-            "split": "test",
-            "num_scenes": limit,
-            "arms": [asdict(arm) for arm in arms],
-            "accuracy": accuracy,
-        }
-        with written_aside(output) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
+        described = [asdict(arm) for arm in arms]
+        asked = {"split": "test", "num_scenes": limit}
+        write_record(output, steps=steps, seed=seed, **asked, arms=described, accuracy=accuracy)
 
 
 def make_table(arms: list[Arm], accuracy: dict[str, dict]) -> Table:

@@ -10,7 +10,6 @@ What an interrupted run has left is kept in the work folder, and more rounds go 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from voco_llama_hf.files import written_aside
 from voco_llama_hf.scenes.evaluation import GROUPS, UNCOMPRESSED, ScenesResults, Scores
-from voco_llama_hf.scenes.retention.report import origin
+from voco_llama_hf.scenes.retention.report import write_record
 from voco_llama_hf.scenes.retention.tiles import TileArm, TileStudy, make_arms, run_tile_study
 from voco_llama_hf.scenes.scoring import add_bars, add_legend, add_levels, add_panels, percent
 
@@ -48,17 +47,14 @@ def main(
     results = run_tile_study(study, arms, "test", limit, report=console.rule)
     console.print(make_table(arms, results, study))
     if output is not None:
-        record = {
-            **origin(),
-            "steps": steps,
-            "rounds": rounds,
-            "batch_size": study.recipe.batch_size,
-            "canvas": asdict(study.recipe.canvas),
-            "arms": [asdict(arm) for arm in arms],
-            "results": {name: asdict(one) for name, one in results.items()},
-        }
-        with written_aside(output) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
+        trained = {"steps": steps, "rounds": rounds, "batch_size": study.recipe.batch_size}
+        write_record(
+            output,
+            **trained,
+            canvas=asdict(study.recipe.canvas),
+            arms=[asdict(arm) for arm in arms],
+            results={name: asdict(one) for name, one in results.items()},
+        )
     if plot is not None:
         with written_aside(plot) as part:
             draw(arms, results, study).savefig(part, dpi=150, format=plot.suffix[1:])

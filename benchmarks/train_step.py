@@ -84,12 +84,14 @@ class Variant:
         attention (`str`): Attention of the language model.
         is_llava (`bool`): Whether it is transformers' LLaVA that steps.
         two_stages (`bool`): Whether images are compressed first; does not go with gradient checkpointing.
+        draws (`int`): Numbers of VoCo tokens that every image, compressed once, is read with: 1, 2, ...
         is_distilled (`bool`): Whether the model learns from its own reading of the uncompressed image (Eq. 5).
     """
 
     attention: str = "sdpa"
     is_llava: bool = False
     two_stages: bool = False
+    draws: int = 1
     is_distilled: bool = False
 
 
@@ -99,6 +101,7 @@ VARIANTS = {
     "voco sdpa": Variant(),
     "voco flex_attention": Variant("flex_attention"),
     "voco sdpa, two stages": Variant(two_stages=True),
+    "voco sdpa, two draws": Variant(two_stages=True, draws=2),
     "voco sdpa, distilled": Variant(is_distilled=True),
 }
 
@@ -161,6 +164,8 @@ def make_step(
     }
     if variant.two_stages:
         inputs |= {"two_stages": True, "use_cache": True}
+    if variant.draws > 1:
+        inputs = draw_rows(inputs, num_voco_tokens, variant.draws)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -173,6 +178,18 @@ def make_step(
             torch.cuda.synchronize()
 
     return step
+
+
+def draw_rows(inputs: dict[str, Any], num_voco_tokens: int, draws: int) -> dict[str, Any]:
+    """The rows of a batch once for each of `draws` numbers, the largest of which is `num_voco_tokens`."""
+    # Needs the extra train
+    from voco_llama_hf.training.elastic import repeat_rows
+
+    counts = torch.full((len(inputs["pixel_values"]),), num_voco_tokens, device=inputs["input_ids"].device)
+    numbers = [max(1, num_voco_tokens - draw) for draw in range(draws)]
+    rows = repeat_rows({**inputs, "num_voco_tokens": counts}, numbers, VOCO, 0)
+    del rows["num_draws"]
+    return rows
 
 
 def distilled_loss(model: VoCoLlamaForConditionalGeneration, inputs: dict[str, Any]) -> torch.Tensor:

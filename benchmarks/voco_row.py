@@ -1,6 +1,6 @@
 """Whether it matters what the embedding of `<voco>` is before it is trained.
 
-One VoCo token, learned from three beginnings: the random row that a new token gets, the mean of the embeddings of all
+One VoCo token, learned from three beginnings: the random row that a new token gets, the mean of the embeddings of the
 words, and the mean of the vision tokens of some images. Three minutes an arm and seed on a CPU core that is fast in
 bfloat16, once the model is trained that they start from, that of `voco-llama evaluate --suite retention`, in whose
 folder this goes on. What an interrupted run has left is kept there.
@@ -10,9 +10,9 @@ folder this goes on. What an interrupted run has left is kept there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +21,9 @@ import typer
 from rich.console import Console
 
 from voco_llama_hf import VoCoLlamaForConditionalGeneration
-from voco_llama_hf.files import written_aside
+from voco_llama_hf.scenes.building import spoken_texts
 from voco_llama_hf.scenes.readers import preprocess
-from voco_llama_hf.scenes.retention.report import one_token_sheet, origin
+from voco_llama_hf.scenes.retention.report import one_token_sheet, write_record
 from voco_llama_hf.scenes.retention.sizes import SIZES
 from voco_llama_hf.scenes.retention.study import Arm, Study, fixed_arm, run_arms
 from voco_llama_hf.scenes.still import make_scenes
@@ -32,7 +32,7 @@ from voco_llama_hf.scenes.still import make_scenes
 RANDOM = fixed_arm(1)
 WORDS = replace(RANDOM, name="from the mean of the words")
 IMAGES = replace(RANDOM, name="from the mean of vision tokens")
-NUM_IMAGES = 64
+NUM_IMAGES, NUM_TEXTS = 64, 1000
 
 
 class RowStudy(Study):
@@ -47,8 +47,8 @@ class RowStudy(Study):
         return model
 
     def _words(self, model: VoCoLlamaForConditionalGeneration) -> torch.Tensor:
-        special = set(self.processor.tokenizer.all_special_ids)
-        words = [token for token in range(len(self.processor.tokenizer)) if token not in special]
+        texts = islice(spoken_texts(self.base), NUM_TEXTS)
+        words = sorted({token for text in texts for token in self.processor.tokenizer(text).input_ids})
         return model.get_input_embeddings().weight[words].mean(0)
 
     def _images(self, model: VoCoLlamaForConditionalGeneration) -> torch.Tensor:
@@ -77,9 +77,7 @@ def main(
     one_token_sheet(f"One VoCo token: percent ({seeds} seeds)", "row", results).print(console)
     if output is not None:
         found = {arm: [asdict(one) for one in by_seed] for arm, by_seed in results.items()}
-        record = {**origin(), "size": size, "limit": limit, "seeds": seeds, "results": found}
-        with written_aside(output) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(output, size=size, limit=limit, seeds=seeds, results=found)
 
 
 if __name__ == "__main__":

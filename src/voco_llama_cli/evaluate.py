@@ -310,13 +310,13 @@ def chosen_size(suite: Suite, size: StudySize, steps: int | None, learning_rates
     A size, perhaps with other steps and learning rates.
 
     Raises:
-        UsageProblem: if the learning rates do not go with the suite, or are none.
+        UsageProblem: if the learning rates do not go with the suite, or one is not above 0.
     """
     from voco_llama_hf.scenes.retention.sizes import SIZES
 
     rates = tuple(learning_rates or SIZES[size.value].learning_rates)
     if min(rates) <= 0 or not all(map(isfinite, rates)):
-        raise UsageProblem(f"--learning-rate must be above 0, got {' '.join(map(str, rates))}")
+        raise UsageProblem(f"--learning-rate must be a finite number above 0, got {' '.join(map(str, rates))}")
     if len(rates) > 1 and suite is Suite.video_retention:
         raise UsageProblem("--suite video-retention trains with one --learning-rate")
     chosen = replace(SIZES[size.value], learning_rates=rates)
@@ -338,14 +338,14 @@ def compare_compressors(
     import datasets
 
     from voco_llama_hf.scenes.retention.report import Comparison
-    from voco_llama_hf.scenes.retention.study import Study, run_study, trace
+    from voco_llama_hf.scenes.retention.study import Study, make_arms, run_study, trace
 
     datasets.disable_progress_bars()
     console = wide_console(STUDY_WIDTH)
     study = Study(work_dir, size)
     counts = tuple(sorted(set(counts)))
     results = run_study(study, counts, range(seeds), split, limit, report=console.rule)
-    courses = trace(study, counts, range(seeds))
+    courses = trace(study, make_arms(counts), range(seeds))
     comparison = Comparison(name, size.steps, split, limit, results, courses)
     comparison.print(console)
     if output is not None:

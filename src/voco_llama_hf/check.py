@@ -175,7 +175,7 @@ def _second_turn_error(
         "pixel_values": torch.cat([first.pixel_values, second.pixel_values]).to(model.device, model.dtype),
         "num_voco_tokens": torch.tensor([*first.counts, *second.counts]),
     }
-    outputs = _answer(model, **both, **{CACHE: answered.past_key_values})
+    outputs = _answer(model, **both, **{CACHE: answered[CACHE]})
     return _follow(reference, outputs, both)
 
 

@@ -38,7 +38,7 @@ def test_places_share_images(model, batch, way):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     found = []
     for images in (
-        {"image_indices": indices},
+        {"image_indices": places},
         {"pixel_values": inputs["pixel_values"][indices]},
     ):
         model.zero_grad()
@@ -91,6 +91,13 @@ def test_indices_of_no_image_or_not_of_all(model, indices, two_stages):
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     with pytest.raises(ValueError, match="image_indices must name each of the 2 images of pixel_values"):
         model(**inputs, image_indices=torch.tensor(indices), two_stages=two_stages, use_cache=False)
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([[0, 1]]), torch.tensor([0.0, 1.0]), torch.tensor([True, False])])
+def test_indices_that_are_no_vector_of_integers(model, indices):
+    inputs = random_inputs(model, [["image:1", "text:2"]] * 2)
+    with pytest.raises(ValueError, match="image_indices must be a vector of integers"):
+        model(**inputs, image_indices=indices)
 
 
 def test_indices_without_pixels(model):

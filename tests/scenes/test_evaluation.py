@@ -132,6 +132,8 @@ def test_causal_reading_gives_the_answers_of_the_causal_forward(model, processor
         new = ids[0, inputs["input_ids"].shape[1] :]
         expected.append(processor.decode(new, skip_special_tokens=True).strip())
     assert read(questions, [0, 1, 2, 3]) == expected
+    twice = read([questions[1], *questions], [1, 0, 1, 2, 3])
+    assert twice == [expected[1], *expected]
 
 
 def test_results_are_written_printed_and_drawn(results, tmp_path):

@@ -29,6 +29,13 @@ def processor():
     return build_processor(replace(RECIPE, num_train_scenes=400))
 
 
+def test_a_phase_has_some_of_the_recipe_otherwise():
+    phase = Phase("some", 1, 1e-3, "cosine", (1,))
+    assert RECIPE.for_phase(phase) == RECIPE
+    other = {"seed": 7, "batch_size": 3, "dense_share": 0.9}
+    assert RECIPE.for_phase(replace(phase, **other)) == replace(RECIPE, **other)
+
+
 def test_averaged_weights_lie_between(processor):
     model, earlier = build_model(processor, RECIPE), build_model(processor, replace(RECIPE, seed=1))
     ours, theirs = (deepcopy(m.state_dict()) for m in (model, earlier))

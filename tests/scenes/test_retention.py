@@ -172,7 +172,7 @@ def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     weights = [study.trained(Arm("elastic", (1, 2, 0)), seed).lm_head.weight for seed in (0, 1)]
     assert not torch.equal(*weights)
 
-    courses = trace(study, (1, 2), range(2))
+    courses = trace(study, make_arms((1, 2)), range(2))
     assert [point.step for point in courses.curves["elastic"][1]] == [1, 2]
     assert all(list(tried) == ["0.001"] for tried in courses.search.values())
     comparison = Comparison("micro", 2, "validation", 4, first, courses)
@@ -182,6 +182,19 @@ def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     comparison.plot(tmp_path / "study.png")
     for name in ("study.png", "study_training.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_an_arm_says_is_what_its_trainer_does(tmp_path, processor):
+    model = build_model(processor, RECIPE)
+    model.save_pretrained(tmp_path)  # the teacher
+    study = Study(tmp_path, Size(RECIPE, steps=2), trained_base=tmp_path, compile=False)
+    study.processor = processor
+    arm = Arm("some", (1, 2, 0), distillation_weight=0.25, distillation_temperature=2.0, draws=2)
+    trainer = study._trainer(model, arm, RECIPE, study._phase(arm, "some", 1e-3))
+    args = trainer.args
+    assert (args.distillation_weight, args.distillation_temperature, args.num_voco_tokens) == (0.25, 2.0, [1, 2, 0])
+    assert (args.draws_per_step, args.two_stages) == (2, True)
+    assert (args.learning_rate, args.max_steps) == (1e-3, 2)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from voco_llama_hf.scenes.retention.distilling import (
 )
 from voco_llama_hf.scenes.retention.following import Point
 from voco_llama_hf.scenes.retention.sizes import Size
+from voco_llama_hf.scenes.retention.study import Courses
 from voco_llama_hf.scenes.still import DIFFICULTIES, FAMILIES
 
 
@@ -55,9 +56,13 @@ def test_lessons_differ_in_who_answers_and_in_what_is_compared():
     # Each of the other ways to distil differs in one thing from the first
     half = arms["teacher's distribution"]
     assert replace(half, distillation_weight=0.0, name="teacher's words") == arms["teacher's words"]
-    changes = {"temperature 2": {"distillation_temperature": 2.0}, "first half": {"distilled_share": 0.5}}
+    changes = {
+        ", temperature 2": {"distillation_temperature": 2.0},
+        " alone": {"distillation_weight": 1.0},
+        ", first half": {"distilled_share": 0.5},
+    }
     for way, change in changes.items():
-        name = f"{half.name}, {way}"
+        name = half.name + way
         assert replace(half, name=name, **change) == arms[name]
 
 
@@ -69,7 +74,7 @@ def test_the_table_has_mean_and_spread(tmp_path):
         for value in (0.5, 0.7)
     ]
     curves = [[Point(1, 2.0, 0.1), Point(2, loss, 0.3)] for loss in (1.0, 1.5)]
-    found = Lessons({"steps": 2}, {"few answers": results}, {"few answers": curves})
+    found = Lessons({"steps": 2}, {"few answers": results}, Courses({}, {"few answers": curves}))
     console = Console(file=io.StringIO(), width=100)
     found.print(console)
     assert "60.0 ±14.1" in console.file.getvalue()
@@ -88,7 +93,8 @@ def test_a_micro_study_asks_the_teacher_once(tmp_path):
     (path,) = tmp_path.glob("teacher-*.json")
     answers = json.loads(path.read_text())
     assert len(answers) == 6 and all(len(row) == 3 for row in answers)
-    assert all(len(curve) == 2 for (curve,) in first.curves.values())
+    assert all(len(curve) == 2 for (curve,) in first.courses.curves.values())
+    assert {tuple(tried) for tried in first.courses.search.values()} == {("0.001",)}
     first.save(tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["known"] == 4
     (log,) = tmp_path.glob("few-answers-distilled-*/log.json")

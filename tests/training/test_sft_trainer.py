@@ -132,16 +132,19 @@ def test_elastic_steps_draw_their_number_and_evaluation_keeps_the_first(tmp_path
 
 
 @pytest.mark.parametrize("distillation", [{}, {"distillation_weight": 0.5}], ids=["words", "distilled"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_several_draws_learn_what_steps_of_each_learn(tmp_path, accumulation, distillation):
+@pytest.mark.parametrize(
+    "accumulation, images", [(1, (1, 2)), (2, (1, 2)), (2, (1, 1, 0, 0))], ids=["one", "two", "one without images"]
+)
+def test_several_draws_learn_what_steps_of_each_learn(tmp_path, accumulation, images, distillation):
     """The loss and the gradient are the means of those of two trainings that draw one number each."""
 
     def first_step(choices, draws_per_step=1):
         found = {}
         trainer = make_trainer(
             tmp_path,
-            dataset=conversations(8, images_per_row=(1, 2)),
+            dataset=conversations(8, images_per_row=images),
             num_voco_tokens=choices,
+            train_sampling_strategy="sequential",
             draws_per_step=draws_per_step,
             two_stages=True,
             max_steps=1,
@@ -164,6 +167,40 @@ def test_several_draws_learn_what_steps_of_each_learn(tmp_path, accumulation, di
     assert gradient.keys() == few.keys() == many.keys()
     for name, value in gradient.items():
         torch.testing.assert_close(value, (few[name] + many[name]) / 2, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_teacher_reads_a_row_once_for_all_draws(tmp_path):
+    options = {"num_voco_tokens": [4, 1], "draws_per_step": 2, "two_stages": True, "distillation_weight": 0.5}
+    trainer = make_trainer(tmp_path, max_steps=1, **options)
+    seen = []
+    record_inputs(trainer.model, seen)
+    trainer.train()
+    read = sorted(seen, key=lambda one: one[1] is None)
+    assert [(len(counts), mode) for counts, mode in read] == [(2, "uncompressed"), (4, None)]
+
+
+def test_a_collator_may_show_one_image_in_several_rows(tmp_path):
+    """Its loss is that of as many equal images, with one draw and with two."""
+
+    def first_loss(draws_per_step, shared):
+        trainer = make_trainer(
+            tmp_path, num_voco_tokens=[4, 1], draws_per_step=draws_per_step, two_stages=True, max_steps=1
+        )
+        collate = trainer.data_collator
+
+        def show_the_first(rows):
+            batch = collate(rows)
+            indices = torch.zeros(len(batch["pixel_values"]), dtype=torch.long)
+            if not shared:
+                return {**batch, "pixel_values": batch["pixel_values"][indices]}
+            return {**batch, "pixel_values": batch["pixel_values"][:1], "image_indices": indices}
+
+        trainer.data_collator = show_the_first
+        trainer.train()
+        return losses(trainer)[0]
+
+    for draws in (1, 2):
+        assert first_loss(draws, shared=True) == pytest.approx(first_loss(draws, shared=False), rel=1e-4)
 
 
 def test_frozen_parts_stay_and_the_others_move(tmp_path):

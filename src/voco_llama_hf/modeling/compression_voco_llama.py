@@ -147,7 +147,7 @@ class VoCoLlamaCompressionMixin:
         num_voco_tokens: int | list[int] | torch.Tensor | None,
         voco_mask: np.ndarray,
         start: int = 0,
-        image_indices: torch.Tensor | None = None,
+        image_indices: torch.Tensor | list[int] | None = None,
         **vision_options,
     ) -> CompressedImages:
         """
@@ -164,7 +164,7 @@ class VoCoLlamaCompressionMixin:
                 True at the `<voco>` tokens of these images, and nowhere else.
             start (`int`, *optional*, defaults to 0):
                 Column of the whole sequence at which the mask begins.
-            image_indices (`torch.LongTensor` of shape `(num_places,)`, *optional*):
+            image_indices (`list[int]` or `torch.LongTensor` of shape `(num_places,)`, *optional*):
                 Which of the images stands in each place, see [`VoCoLlamaModel.forward`].
             vision_options:
                 What [`VoCoLlamaModel.get_vision_features`] takes beside `pixel_values`.
@@ -228,14 +228,17 @@ class VoCoLlamaCompressionMixin:
         return self._fingerprint.get(self, exact)
 
 
-def check_image_indices(image_indices: torch.Tensor, num_images: int) -> list[int]:
+def check_image_indices(image_indices: torch.Tensor | list[int], num_images: int) -> list[int]:
     """
     Which image stands in each place.
 
     Raises:
         ValueError: if there is no such image, or an image that stands nowhere.
     """
-    places = image_indices.tolist()
+    indices = torch.as_tensor(image_indices)
+    if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"image_indices must be a vector of integers, got {image_indices}")
+    places = indices.tolist()
     if sorted(set(places)) != list(range(num_images)):
         raise ValueError(f"image_indices must name each of the {num_images} images of pixel_values, got {places}")
     return places

@@ -58,7 +58,7 @@ class VoCoLlamaGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: if images, `<voco>` tokens and `num_voco_tokens` do not fit, a prompt ends with a cached image,
-                or `attention_mode` is not `"voco"`.
+                `attention_mode` is not `"voco"`, or `image_indices` are given.
         """
         mode = self.config.attention_mode if attention_mode is None else attention_mode
         if mode != "voco":

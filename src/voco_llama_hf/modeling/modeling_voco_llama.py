@@ -164,7 +164,7 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
         vision_feature_select_strategy: str | None = None,
         cache: Cache | None = None,
         image_sizes: torch.Tensor | None = None,
-        image_indices: torch.LongTensor | None = None,
+        image_indices: list[int] | torch.LongTensor | None = None,
         **kwargs,
     ) -> VoCoLlamaModelOutputWithPast:
         """
@@ -199,7 +199,7 @@ class VoCoLlamaModel(VoCoLlamaCompressionMixin, VoCoLlamaPreTrainedModel, LlavaM
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
                 Height and width of each image before it was divided into tiles, as the processor returns them.
                 `pixel_values` then has the shape `(num_images, num_tiles, 3, height, width)`, see [`TiledImages`].
-            image_indices (`torch.LongTensor` of shape `(num_places,)`, *optional*):
+            image_indices (`list[int]` or `torch.LongTensor` of shape `(num_places,)`, *optional*):
                 For images that stand in several rows, or with several numbers of VoCo tokens: which of `pixel_values`
                 stands in each place of the batch. `num_voco_tokens` are those of the places then, and in two stages an
                 image is compressed once for all of its own.

@@ -16,7 +16,7 @@ class VoCoLlamaModelOutputWithPast(NamesOfCache, BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(num_images, V, hidden_size)`, *optional*):
             Vision tokens as the text model reads them, returned by a single pass; `(num_vision_tokens, hidden_size)`,
-            image after image, where each has a number of its own.
+            image after image, where each has a number of its own. Those of every place, with `image_indices`.
     """
 
     image_hidden_states: torch.Tensor | None = None

@@ -210,7 +210,7 @@ def read_llava(
             **BatchFeature(pixels_of(list(row_of))).to(llava.device, llava.dtype),
             use_cache=True,
             logits_to_keep=1,
-        ).past_key_values
+        )[CACHE]
     place = {one: index for index, one in enumerate(row_of)}
     chosen = torch.tensor([place[one] for one in shown], device=llava.device)
     cache.batch_select_indices(chosen)

@@ -37,8 +37,8 @@ class Phase:
             end; by default every 250 steps.
         batch_size (`int`, *optional*): Rows of a step, half as many with videos, by default those of the recipe.
         dense_share (`float`, *optional*): Share of dense scenes, by default that of the recipe.
-        seed (`int`, *optional*): Seed of its scenes and of their order, by default that of the recipe: phases with the
-            same one see the same scenes again.
+        seed (`int`, *optional*): Seed of its scenes, those that it is evaluated on too, of their order and of what is
+            drawn for a step, by default that of the recipe: phases with the same one see the same scenes again.
     """
 
     name: str

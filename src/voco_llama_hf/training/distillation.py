@@ -33,6 +33,22 @@ class Reading:
     hidden_states: torch.Tensor
     head: torch.nn.Linear
 
+    def repeat(self, times: int, labels: torch.Tensor) -> Reading:
+        """
+        The same for rows that stand several times in a batch, each time behind another number of VoCo tokens.
+
+        Args:
+            times (`int`): How often.
+            labels (`torch.LongTensor` of shape `(times * batch_size, sequence_length)`):
+                Of all rows; -100 where nothing is scored, and no hidden state is needed.
+        """
+        rows, length = labels.shape
+        scored = labels[:, 1:] != -100
+        own = self.hidden_states[:, :-1][scored[: rows // times, : self.hidden_states.shape[1] - 1]]
+        repeated = own.new_zeros(rows, length, own.shape[-1])
+        repeated[:, :-1][scored] = own.repeat(times, 1)
+        return Reading(repeated, self.head)
+
 
 def kl_divergence(student: Reading, teacher: Reading, labels: torch.Tensor, temperature: float) -> torch.Tensor:
     """

@@ -29,7 +29,7 @@ def draw_several(choices: list[int], seed: int, step: int, number: int) -> list[
 def repeat_rows(batch: dict[str, Any], numbers: list[int], voco_token_id: int, pad_token_id: int) -> dict[str, Any]:
     """
     All rows of a batch once for each of several numbers of VoCo tokens, as [`keep_voco_tokens`] leaves them, about the
-    same images, which `image_indices` say, see [`VoCoLlamaModel.forward`].
+    same images, which `image_indices` say, see [`VoCoLlamaModel.forward`]. `num_draws` says how many times.
     """
     parts = [keep_voco_tokens(batch, number, voco_token_id, pad_token_id) for number in numbers]
     length = max(part["input_ids"].shape[1] for part in parts)
@@ -39,8 +39,18 @@ def repeat_rows(batch: dict[str, Any], numbers: list[int], voco_token_id: int, p
         if name in batch
     }
     counts = torch.cat([part["num_voco_tokens"] for part in parts])
-    indices = torch.arange(len(batch["num_voco_tokens"]), device=counts.device).repeat(len(parts))
-    return {**batch, **rows, "num_voco_tokens": counts, "image_indices": indices}
+    indices = batch.get("image_indices")
+    if indices is None:
+        indices = torch.arange(len(batch["num_voco_tokens"]), device=counts.device)
+    repeated = {"num_voco_tokens": counts, "image_indices": indices.repeat(len(parts)), "num_draws": len(parts)}
+    return {**batch, **rows, **repeated}
+
+
+def first_draw(batch: dict[str, Any], num_draws: int) -> dict[str, Any]:
+    """The rows of a batch of [`repeat_rows`] that have the first of its numbers."""
+    by_place, by_row = ("num_voco_tokens", "image_indices"), paddings(0)
+    repeated = {name: batch[name] for name in (*by_place, *by_row) if name in batch}
+    return {**batch, **{name: values[: len(values) // num_draws] for name, values in repeated.items()}}
 
 
 def paddings(pad_token_id: int) -> dict[str, int]:

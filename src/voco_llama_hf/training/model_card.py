@@ -115,6 +115,7 @@ def training_text(trainer: VoCoSFTTrainer) -> str:
         "method": "supervised fine-tuning under the VoCo mask, with [TRL](https://github.com/huggingface/trl)",
         "adapters": adapters,
         f"VoCo tokens{of_tiles}, drawn for every step": ", ".join(choices) or None,
+        "numbers in a step": f"{args.draws_per_step}" if args.draws_per_step > 1 else None,
         "distillation": distillation,
         "not trained": ", ".join(f"`{name}`" for name in args.freeze) or None,
         "steps": f"{state.global_step:,}",

@@ -21,10 +21,10 @@ class VoCoSFTConfig(SFTConfig):
 
     Parameters:
         num_voco_tokens (`list[int]`, *optional*):
-            Numbers of VoCo tokens of an image, one of which is drawn for every optimizer step, the same on every
-            process; 0 stands for a step that reads the uncompressed image, and a number that is listed twice is drawn
-            twice as often. Evaluation uses the first number, and so do the saved model and processor by default.
-            Unset, every step uses `model.config.num_voco_tokens`.
+            Numbers of VoCo tokens of an image, one of which, or `draws_per_step`, is drawn for every optimizer step,
+            the same on every process; 0 stands for a step that reads the uncompressed image, and a number that is
+            listed twice is drawn twice as often. Evaluation uses the first number, and so do the saved model and
+            processor by default. Unset, every step uses `model.config.num_voco_tokens`.
         num_voco_tokens_per_tile (`list[int]`, *optional*):
             Numbers of VoCo tokens of every tile to draw from, where images are divided into tiles, instead of
             `num_voco_tokens`. Each tile is compressed on its own, so no step reads the uncompressed image, and none is
@@ -61,8 +61,8 @@ class VoCoSFTConfig(SFTConfig):
     num_voco_tokens: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Numbers of VoCo tokens, one of which is drawn for every optimizer step; 0 stands for a step that "
-            "reads the uncompressed image. The first is the default of the saved model.",
+            "help": "Numbers of VoCo tokens, draws_per_step of which are drawn for every optimizer step; 0 stands "
+            "for a step that reads the uncompressed image. The first is the default of the saved model.",
             "nargs": "+",
         },
     )

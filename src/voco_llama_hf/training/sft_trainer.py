@@ -31,7 +31,7 @@ from .distillation import (
     on_last_hidden_states,
     read_uncompressed,
 )
-from .elastic import draw_several, keep_voco_tokens, repeat_rows
+from .elastic import draw_several, first_draw, keep_voco_tokens, repeat_rows
 from .model_card import without_automatic_card, write_training_card
 from .sampling import EpochCallback, ModalityLengthSampler
 from .sft_config import OWN_TEACHERS, VoCoSFTConfig
@@ -216,14 +216,17 @@ class VoCoSFTTrainer(SFTTrainer):
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if "image_indices" in inputs and num_items_in_batch is not None:
-            # Counted before rows were repeated
-            num_items_in_batch = num_items_in_batch * (len(inputs["image_indices"]) // len(inputs["pixel_values"]))
+        inputs = dict(inputs)
+        num_draws = inputs.pop("num_draws", 1)
+        if num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch * num_draws  # counted before rows were repeated
         # A model teaches itself nothing about what it reads uncompressed anyway
         is_own_reading = inputs.get("attention_mode") == "uncompressed" and self.args.teacher == "self"
         if self.args.distillation_weight == 0 or (is_own_reading and self.teacher_model is None):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        teacher = self._read_as_teacher(model, inputs)
+        teacher = self._read_as_teacher(model, first_draw(inputs, num_draws) if num_draws > 1 else inputs)
+        if num_draws > 1:
+            teacher = teacher.repeat(num_draws, inputs["labels"])
         student = bare(self.accelerator.unwrap_model(model))
         sums: list[torch.Tensor] = []
 

@@ -19,9 +19,8 @@ from ..evaluation import ScenesResults
 from ..readers import uncompressed_reader
 from ..recipe import Phase, Recipe
 from .describing import LONGEST_DESCRIPTION
-from .following import Curve
-from .report import one_token_sheet, origin, plot_curves
-from .study import Arm, Study, fixed_arm, run_arms
+from .report import one_token_sheet, plot_curves, write_record
+from .study import Arm, Courses, Study, fixed_arm, run_arms, trace
 
 
 KNOWN, UNKNOWN = 500, 4000  # scenes
@@ -152,12 +151,12 @@ class Lessons:
     Args:
         about (`dict`): What was trained and asked.
         results (`dict[str, list[ScenesResults]]`): By arm, one a seed.
-        curves (`dict[str, list[Curve]]`): By arm, one a seed, what the trainings have come through.
+        courses ([`Courses`]): How the arms were trained.
     """
 
     about: dict[str, object]
     results: dict[str, list[ScenesResults]]
-    curves: dict[str, list[Curve]]
+    courses: Courses
 
     def sheet(self) -> Sheet:
         """Objects that are named and answers that are right, in percent, by arm, of sparse and dense scenes."""
@@ -170,17 +169,16 @@ class Lessons:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
-        if path.suffix.lower() == ".md":
-            text = self.sheet().markdown_table() + "\n"
-        else:
+        if path.suffix.lower() != ".md":
             results = {arm: [asdict(one) for one in by_seed] for arm, by_seed in self.results.items()}
-            text = json.dumps({**origin(), **self.about, "results": results, "curves": self.curves}, indent=2) + "\n"
+            write_record(path, **self.about, results=results, **asdict(self.courses))
+            return
         with written_aside(path) as part:
-            part.write_text(text)
+            part.write_text(self.sheet().markdown_table() + "\n")
 
     def plot(self, path: Path) -> None:
         """Draws the courses of the trainings."""
-        plot_curves(self.curves, path)
+        plot_curves(self.courses.curves, path)
 
 
 def run_distillation(
@@ -214,4 +212,4 @@ def run_distillation(
         "known": known,
         "unknown": unknown,
     }
-    return Lessons(about, results, {arm.name: [study.curve(arm, seed) for seed in seeds] for arm in arms})
+    return Lessons(about, results, trace(study, arms, seeds))

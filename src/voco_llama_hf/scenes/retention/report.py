@@ -65,6 +65,12 @@ def one_token_sheet(title: str, heading: str, results: dict[str, list[ScenesResu
     return Sheet(title, [heading, *headings], rows)
 
 
+def write_record(path: Path, **figures: object) -> None:
+    """Writes figures as JSON, below their [`origin`]."""
+    with written_aside(path) as part:
+        part.write_text(json.dumps({**origin(), **figures}, indent=2) + "\n")
+
+
 @dataclass
 class Comparison:
     """
@@ -106,17 +112,15 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the tables as Markdown if the name ends so."""
-        if path.suffix.lower() == ".md":
-            text = "\n".join(f"## {name} scenes\n\n{to_markdown(rows)}" for name, rows in self.rows.items())
-        else:
-            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        if path.suffix.lower() != ".md":
+            write_record(path, **self.to_dict())
+            return
         with written_aside(path) as part:
-            part.write_text(text)
+            part.write_text("\n".join(f"## {name} scenes\n\n{to_markdown(rows)}" for name, rows in self.rows.items()))
 
     def to_dict(self) -> dict[str, object]:
         some = self.results[UPPER.name][0]
         return {
-            **origin(),
             "size": self.size,
             "split": self.split,
             "limit": self.limit,

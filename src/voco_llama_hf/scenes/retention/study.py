@@ -362,9 +362,8 @@ class Courses:
     curves: dict[str, list[Curve]]
 
 
-def trace(study: Study, ks: tuple[int, ...], seeds: range) -> Courses:
-    """The courses of the trainings of [`run_study`]."""
-    arms = make_arms(ks)
+def trace(study: Study, arms: Sequence[Arm], seeds: range) -> Courses:
+    """The courses of the trainings of [`run_arms`]."""
     search = {
         arm.name: {
             f"{rate:g}": study.curve(arm, FIRST_SEED, rate)[-1].exact_match for rate in study.size.learning_rates

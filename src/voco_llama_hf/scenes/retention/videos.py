@@ -27,8 +27,8 @@ from ..recipe import Phase, Recipe
 from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
 from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
-from .report import origin
 from .report import percent as mean_percent
+from .report import write_record
 from .study import Arm, Study, run_arms
 
 
@@ -195,12 +195,11 @@ class VideoComparison:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
-        if path.suffix.lower() == ".md":
-            text = self.to_markdown()
-        else:
-            text = json.dumps({**origin(), **asdict(self)}, indent=2) + "\n"
+        if path.suffix.lower() != ".md":
+            write_record(path, **asdict(self))
+            return
         with written_aside(path) as part:
-            part.write_text(text)
+            part.write_text(self.to_markdown())
 
     def plot(self, path: Path) -> None:
         """Draws what all frames tell, a panel for each number of tokens, one group of bars a family."""
