@@ -29,7 +29,7 @@ def read_rows(path: Path) -> Iterator[Any]:
     """
     with open(path, "rb") as file:
         lines = path.suffix == ".jsonl"
-        rows = map(json.loads, filter(bytes.strip, file)) if lines else ijson.items(file, "item", use_float=True)
+        rows = map(json.loads, filter(bytes.strip, file)) if lines else ijson.items(file, "item")
         number = 0
         try:
             for row in rows:
