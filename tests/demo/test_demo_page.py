@@ -90,7 +90,10 @@ def test_compare_and_example_questions(page):
     page.get_by_role("button", name="What shape is red?").click()
     expect_answer(page, "circle")
     page.get_by_role("tab", name="Compare").click()
-    page.fill("#compared-question textarea", "What shape is red?")
+    # The tab is made when it is opened, and then shows what is proposed
+    line = page.locator("#compared-question textarea")
+    expect(line).to_have_value("What colour is the cross?")
+    line.fill("What shape is red?")
     page.click("#compare")
     expect(page.locator("[data-way]")).to_have_count(4)
     for way in ("k = 2", "k = 8", "uncompressed"):
