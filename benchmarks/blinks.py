@@ -11,7 +11,6 @@ goes on. What an interrupted run has left is kept there.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +71,7 @@ def main(
         results[phase.name] = evaluate_videos(model, processor, "test", (k,), limit=limit)
         console.print(results[phase.name].table())
     if output is not None:
-        write_record(output, size=size, k=k, results={name: asdict(found) for name, found in results.items()})
+        write_record(output, size=size, k=k, results=results)
 
 
 if __name__ == "__main__":

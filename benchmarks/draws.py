@@ -11,7 +11,7 @@ whose folder this goes on; what an interrupted run has left is kept there.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,7 @@ from voco_llama_hf.scenes.evaluation import ScenesResults
 from voco_llama_hf.scenes.retention.describing import OBJECTS
 from voco_llama_hf.scenes.retention.report import percent, write_record
 from voco_llama_hf.scenes.retention.sizes import SIZES
-from voco_llama_hf.scenes.retention.study import Study, elastic_arm, run_arms
+from voco_llama_hf.scenes.retention.study import Study, elastic_arm, run_study
 
 
 KS = (1, 2, 8)
@@ -42,13 +42,10 @@ def main(
     """Train with one and with two numbers a step, and ask."""
     console = Console(width=120)
     study = Study(work_dir, SIZES[size], compile=compile)
-    results = run_arms(
-        study, ARMS, range(seeds), lambda arm, seed: study.answers(arm, seed, "test", limit), console.rule
-    )
+    results = run_study(study, ARMS, range(seeds), "test", limit, console.rule)
     make_sheet(results).print(console)
     if output is not None:
-        found = {arm: [asdict(one) for one in by_seed] for arm, by_seed in results.items()}
-        write_record(output, size=size, limit=limit, seeds=seeds, results=found)
+        write_record(output, size=size, limit=limit, seeds=seeds, results=results)
 
 
 def make_sheet(results: dict[str, list[ScenesResults]]) -> Sheet:

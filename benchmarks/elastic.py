@@ -10,7 +10,6 @@ an arm on two CPU cores; what an interrupted run has left is kept in the work fo
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -49,9 +48,8 @@ def main(
         accuracy[arm.name] = study.answers(arm, seed, "test", limit).accuracy
     console.print(make_table(arms, accuracy))
     if output is not None:
-        described = [asdict(arm) for arm in arms]
         asked = {"split": "test", "num_scenes": limit}
-        write_record(output, steps=steps, seed=seed, **asked, arms=described, accuracy=accuracy)
+        write_record(output, steps=steps, seed=seed, **asked, arms=arms, accuracy=accuracy)
 
 
 def make_table(arms: list[Arm], accuracy: dict[str, dict]) -> Table:

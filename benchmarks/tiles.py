@@ -10,7 +10,6 @@ What an interrupted run has left is kept in the work folder, and more rounds go 
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -47,14 +46,9 @@ def main(
     results = run_tile_study(study, arms, "test", limit, report=console.rule)
     console.print(make_table(arms, results, study))
     if output is not None:
-        trained = {"steps": steps, "rounds": rounds, "batch_size": study.recipe.batch_size}
-        write_record(
-            output,
-            **trained,
-            canvas=asdict(study.recipe.canvas),
-            arms=[asdict(arm) for arm in arms],
-            results={name: asdict(one) for name, one in results.items()},
-        )
+        recipe = study.recipe
+        trained = {"steps": steps, "rounds": rounds, "batch_size": recipe.batch_size, "canvas": recipe.canvas}
+        write_record(output, **trained, arms=arms, results=results)
     if plot is not None:
         with written_aside(plot) as part:
             draw(arms, results, study).savefig(part, dpi=150, format=plot.suffix[1:])

@@ -11,7 +11,7 @@ folder this goes on. What an interrupted run has left is kept there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ from voco_llama_hf.scenes.building import spoken_texts
 from voco_llama_hf.scenes.readers import preprocess
 from voco_llama_hf.scenes.retention.report import one_token_sheet, write_record
 from voco_llama_hf.scenes.retention.sizes import SIZES
-from voco_llama_hf.scenes.retention.study import Arm, Study, fixed_arm, run_arms
+from voco_llama_hf.scenes.retention.study import Arm, Study, fixed_arm, run_study
 from voco_llama_hf.scenes.still import make_scenes
 
 
@@ -67,17 +67,10 @@ def main(
     """Train from each row, and ask."""
     console = Console(width=120)
     study = RowStudy(work_dir, SIZES[size], compile=compile)
-    results = run_arms(
-        study,
-        (RANDOM, WORDS, IMAGES),
-        range(seeds),
-        lambda arm, seed: study.answers(arm, seed, "test", limit),
-        console.rule,
-    )
+    results = run_study(study, (RANDOM, WORDS, IMAGES), range(seeds), "test", limit, console.rule)
     one_token_sheet(f"One VoCo token: percent ({seeds} seeds)", "row", results).print(console)
     if output is not None:
-        found = {arm: [asdict(one) for one in by_seed] for arm, by_seed in results.items()}
-        write_record(output, size=size, limit=limit, seeds=seeds, results=found)
+        write_record(output, size=size, limit=limit, seeds=seeds, results=results)
 
 
 if __name__ == "__main__":

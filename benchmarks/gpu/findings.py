@@ -17,7 +17,7 @@ from voco_llama_hf.scenes.publishing import publish
 from voco_llama_hf.scenes.recipe import RECIPES, Recipe
 from voco_llama_hf.scenes.retention.report import make_rows
 from voco_llama_hf.scenes.retention.sizes import BASE, Size
-from voco_llama_hf.scenes.retention.study import Study, run_study
+from voco_llama_hf.scenes.retention.study import Study, make_arms, run_study
 from voco_llama_hf.scenes.retention.videos import VideoStudy, run_video_study
 from voco_llama_hf.scenes.still import DIFFICULTIES
 
@@ -68,7 +68,7 @@ def compare_images(setting: Setting) -> dict[str, object]:
     """`voco-llama evaluate --suite retention`: accuracy and retention by arm."""
     counts = setting.pick(check_counts(DEFAULT_COUNTS[Suite.retention]), (1,))
     study = Study(setting.work_dir / "retention", **study_options(setting))
-    results = run_study(study, counts, seeds(setting), "test", limit(setting), report)
+    results = run_study(study, make_arms(counts), seeds(setting), "test", limit(setting), report)
     return {**about(setting), "rows": {difficulty: make_rows(results, difficulty) for difficulty in DIFFICULTIES}}
 
 

@@ -314,13 +314,13 @@ def chosen_size(suite: Suite, size: StudySize, steps: int | None, learning_rates
     """
     from voco_llama_hf.scenes.retention.sizes import SIZES
 
-    rates = tuple(learning_rates or SIZES[size.value].learning_rates)
+    default = SIZES[size.value]
+    rates = tuple(learning_rates or default.learning_rates)
     if min(rates) <= 0 or not all(map(isfinite, rates)):
         raise UsageProblem(f"--learning-rate must be a finite number above 0, got {' '.join(map(str, rates))}")
     if len(rates) > 1 and suite is Suite.video_retention:
         raise UsageProblem("--suite video-retention trains with one --learning-rate")
-    chosen = replace(SIZES[size.value], learning_rates=rates)
-    return chosen if steps is None else replace(chosen, steps=steps)
+    return replace(default, steps=default.steps if steps is None else steps, learning_rates=rates)
 
 
 def compare_compressors(
@@ -343,9 +343,9 @@ def compare_compressors(
     datasets.disable_progress_bars()
     console = wide_console(STUDY_WIDTH)
     study = Study(work_dir, size)
-    counts = tuple(sorted(set(counts)))
-    results = run_study(study, counts, range(seeds), split, limit, report=console.rule)
-    courses = trace(study, make_arms(counts), range(seeds))
+    arms = make_arms(tuple(sorted(set(counts))))
+    results = run_study(study, arms, range(seeds), split, limit, report=console.rule)
+    courses = trace(study, arms, range(seeds))
     comparison = Comparison(name, size.steps, split, limit, results, courses)
     comparison.print(console)
     if output is not None:

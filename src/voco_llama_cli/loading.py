@@ -86,9 +86,9 @@ def find_device(name: str | None) -> torch.device:
 
     from voco_llama_hf.loading import default_device
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
         return default_device()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = ["cpu"]
     if accelerator is not None:
         devices += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]

@@ -149,19 +149,19 @@ def test_exact_match_counts_questions_not_tokens():
 def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
     study = Study(tmp_path, Size(RECIPE, steps=2), compile=False)
     said = []
-    first = run_study(study, (1, 2), range(2), "validation", 4, report=said.append)
+    first = run_study(study, make_arms((1, 2)), range(2), "validation", 4, report=said.append)
     assert len(said) == 1 + 2 * len(make_arms((1, 2)))
     assert set(first["upper bound"][0].accuracy) == {"causal", "k=1"}
     assert set(first["elastic"][1].accuracy) == {"k=1", "k=2", "uncompressed"}
     assert set(first["q-former"][0].accuracy) == {"k=1"}
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    again = run_study(study, (1, 2), range(2), "validation", 4, report=said.append)
+    again = run_study(study, make_arms((1, 2)), range(2), "validation", 4, report=said.append)
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
 
     # Asked at other numbers, an arm is trained once, and what is drawn from others anew
-    more = run_study(study, (1, 2, 4), range(1), "validation", 4, report=said.append)
+    more = run_study(study, make_arms((1, 2, 4)), range(1), "validation", 4, report=said.append)
     assert set(more["trained at k=2"][0].accuracy) == {"k=2"} and set(first["trained at k=2"][0].accuracy) == {
         "k=1",
         "k=2",

@@ -1,6 +1,7 @@
 """Images into VoCo tokens: for later questions, as a [`VoCoCache`], or for the batch in which they stand."""
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -254,7 +255,7 @@ def most_voco_tokens(places: list[int], counts: list[int], num_images: int) -> l
 
 def first_voco_tokens(places: list[int], counts: list[int], most: list[int]) -> list[int]:
     """Of the VoCo tokens of images, those of each place: few are the first ones of many, which they do not see."""
-    starts = [sum(most[:image]) for image in range(len(most))]
+    starts = list(accumulate(most, initial=0))
     return [starts[image] + offset for image, count in zip(places, counts) for offset in range(count)]
 
 

@@ -199,19 +199,19 @@ def read_llava(
     """
     rows = processor.tokenizer(prompts, add_special_tokens=False).input_ids
     ends = [len(row) - row[::-1].index(llava.config.image_token_id) for row in rows]
-    row_of = {one: index for index, one in reversed(list(enumerate(shown)))}
+    place = {one: index for index, one in enumerate(dict.fromkeys(shown))}
+    first = [shown.index(one) for one in place]
     pad = partial(processor.tokenizer.pad, padding_side="left", return_tensors="pt")
-    heads = pad({"input_ids": [rows[index][: ends[index]] for index in row_of.values()]}).to(llava.device)
+    heads = pad({"input_ids": [rows[index][: ends[index]] for index in first]}).to(llava.device)
     tails = pad({"input_ids": [row[end:] for row, end in zip(rows, ends)]}).to(llava.device)
     with torch.no_grad():
         cache = llava(
             **heads,
             position_ids=(heads["attention_mask"].cumsum(-1) - 1).clamp(min=0),
-            **BatchFeature(pixels_of(list(row_of))).to(llava.device, llava.dtype),
+            **BatchFeature(pixels_of(list(place))).to(llava.device, llava.dtype),
             use_cache=True,
             logits_to_keep=1,
         )[CACHE]
-    place = {one: index for index, one in enumerate(row_of)}
     chosen = torch.tensor([place[one] for one in shown], device=llava.device)
     cache.batch_select_indices(chosen)
     inputs = {name: torch.cat([heads[name][chosen], tails[name]], dim=1) for name in ("input_ids", "attention_mask")}

@@ -157,6 +157,22 @@ SCENES_64 = Recipe(
 
 # k = 1 in half of the steps costs the other numbers little: benchmarks/elastic.py
 HALF_ONE = (*[1] * 6, 2, 2, 4, 8, 0, 0)
+# More steps of half as many rows, most of them with many objects, and with them more VoCo tokens
+DENSE = Phase(
+    "dense",
+    3000,
+    1.2e-3,
+    "warmup_stable_decay",
+    (*[1] * 6, 2, 4, 8, 8, 8, 0),
+    questions=12,
+    describe=True,
+    single=True,
+    two_stages=True,
+    freeze=FROZEN_TOWER,
+    decay=2 / 3,
+    batch_size=8,
+    dense_share=0.75,
+)
 # 576 vision tokens, as the paper's, of images alone: from the embedded checkpoint, whose language model reads VoCo
 # tokens already
 SCENES_576 = Recipe(
@@ -176,35 +192,15 @@ SCENES_576 = Recipe(
             two_stages=True,
             freeze=FROZEN_TOWER,
         ),
-        # More steps of half as many rows, most of them with many objects, and with them more VoCo tokens
-        Phase(
-            "dense",
-            3000,
-            1.2e-3,
-            "warmup_stable_decay",
-            (*[1] * 6, 2, 4, 8, 8, 8, 0),
-            questions=12,
-            describe=True,
-            single=True,
-            two_stages=True,
-            freeze=FROZEN_TOWER,
-            decay=2 / 3,
-            batch_size=8,
-            dense_share=0.75,
-        ),
+        DENSE,
         # As many again of other scenes, at a rate that falls from the first step on
-        Phase(
-            "linear",
-            3100,
-            8e-4,
-            "linear",
-            (*[1] * 6, 2, 4, 8, 8, 8, 0),
-            questions=12,
-            describe=True,
-            single=True,
-            two_stages=True,
-            freeze=FROZEN_TOWER,
-            batch_size=8,
+        replace(
+            DENSE,
+            name="linear",
+            steps=3100,
+            learning_rate=8e-4,
+            scheduler="linear",
+            decay=Phase.decay,
             dense_share=0.85,
             seed=1,
         ),

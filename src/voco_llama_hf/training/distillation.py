@@ -44,7 +44,7 @@ class Reading:
         """
         rows, length = labels.shape
         scored = labels[:, 1:] != -100
-        own = self.hidden_states[:, :-1][scored[: rows // times, : self.hidden_states.shape[1] - 1]]
+        own = self.hidden_states[:, :-1][scored[: rows // times]]
         repeated = own.new_zeros(rows, length, own.shape[-1])
         repeated[:, :-1][scored] = own.repeat(times, 1)
         return Reading(repeated, self.head)

@@ -224,9 +224,10 @@ class VoCoSFTTrainer(SFTTrainer):
         is_own_reading = inputs.get("attention_mode") == "uncompressed" and self.args.teacher == "self"
         if self.args.distillation_weight == 0 or (is_own_reading and self.teacher_model is None):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        teacher = self._read_as_teacher(model, first_draw(inputs, num_draws) if num_draws > 1 else inputs)
-        if num_draws > 1:
-            teacher = teacher.repeat(num_draws, inputs["labels"])
+        if num_draws == 1:
+            teacher = self._read_as_teacher(model, inputs)
+        else:
+            teacher = self._read_as_teacher(model, first_draw(inputs, num_draws)).repeat(num_draws, inputs["labels"])
         student = bare(self.accelerator.unwrap_model(model))
         sums: list[torch.Tensor] = []
 

@@ -19,8 +19,8 @@ from ..evaluation import ScenesResults
 from ..readers import uncompressed_reader
 from ..recipe import Phase, Recipe
 from .describing import LONGEST_DESCRIPTION
-from .report import one_token_sheet, plot_curves, write_record
-from .study import Arm, Courses, Study, fixed_arm, run_arms, trace
+from .report import one_token_sheet, plot_curves, save_report
+from .study import Arm, Courses, Study, fixed_arm, run_study, trace
 
 
 KNOWN, UNKNOWN = 500, 4000  # scenes
@@ -169,12 +169,8 @@ class Lessons:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
-        if path.suffix.lower() != ".md":
-            results = {arm: [asdict(one) for one in by_seed] for arm, by_seed in self.results.items()}
-            write_record(path, **self.about, results=results, **asdict(self.courses))
-            return
-        with written_aside(path) as part:
-            part.write_text(self.sheet().markdown_table() + "\n")
+        markdown = self.sheet().markdown_table() + "\n"
+        save_report(path, markdown, **self.about, results=self.results, **asdict(self.courses))
 
     def plot(self, path: Path) -> None:
         """Draws the courses of the trainings."""
@@ -203,7 +199,7 @@ def run_distillation(
         unknown (`int`): Scenes that the teacher is asked about.
     """
     arms = lessons(known, unknown)
-    results = run_arms(study, arms, seeds, lambda arm, seed: study.answers(arm, seed, split, limit), report)
+    results = run_study(study, arms, seeds, split, limit, report)
     about = {
         "split": split,
         "limit": limit,

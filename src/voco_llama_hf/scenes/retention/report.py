@@ -58,7 +58,10 @@ def one_token_sheet(title: str, heading: str, results: dict[str, list[ScenesResu
     """
     columns = [(difficulty, group) for difficulty in DIFFICULTIES for group in RETAINED]
     rows = [
-        [arm, *(percent([one.accuracy["k=1"][kind][group] for one in by_seed]) for kind, group in columns)]
+        [
+            arm,
+            *(percent([one.accuracy["k=1"][kind].get(group, NOTHING) for one in by_seed]) for kind, group in columns),
+        ]
         for arm, by_seed in results.items()
     ]
     headings = [f"{'objects' if group == OBJECTS else 'questions'}, {difficulty}" for difficulty, group in columns]
@@ -66,9 +69,18 @@ def one_token_sheet(title: str, heading: str, results: dict[str, list[ScenesResu
 
 
 def write_record(path: Path, **figures: object) -> None:
-    """Writes figures as JSON, below their [`origin`]."""
+    """Writes figures, dataclasses among them, as JSON below their [`origin`]."""
     with written_aside(path) as part:
-        part.write_text(json.dumps({**origin(), **figures}, indent=2) + "\n")
+        part.write_text(json.dumps({**origin(), **figures}, indent=2, default=asdict) + "\n")
+
+
+def save_report(path: Path, markdown: str, **figures: object) -> None:
+    """Writes figures as [`write_record`] does, or what they are in Markdown if the name ends so."""
+    if path.suffix.lower() != ".md":
+        write_record(path, **figures)
+        return
+    with written_aside(path) as part:
+        part.write_text(markdown)
 
 
 @dataclass
@@ -112,11 +124,8 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the tables as Markdown if the name ends so."""
-        if path.suffix.lower() != ".md":
-            write_record(path, **self.to_dict())
-            return
-        with written_aside(path) as part:
-            part.write_text("\n".join(f"## {name} scenes\n\n{to_markdown(rows)}" for name, rows in self.rows.items()))
+        markdown = "\n".join(f"## {name} scenes\n\n{to_markdown(rows)}" for name, rows in self.rows.items())
+        save_report(path, markdown, **self.to_dict())
 
     def to_dict(self) -> dict[str, object]:
         some = self.results[UPPER.name][0]
@@ -127,7 +136,7 @@ class Comparison:
             "num_questions": {name: counts["all"] for name, counts in some.num_questions.items()},
             "steps": self.steps,
             "seeds": self.seeds,
-            "rows": {name: [asdict(row) for row in rows] for name, rows in self.rows.items()},
+            "rows": self.rows,
             **asdict(self.courses),
         }
 

@@ -306,18 +306,18 @@ def make_readers(
 
 def run_study(
     study: Study,
-    ks: tuple[int, ...],
+    arms: Sequence[Arm],
     seeds: range,
     split: str,
     limit: int,
     report: Callable[[str], None] = print,
 ) -> dict[str, list[ScenesResults]]:
     """
-    Trains and asks all arms.
+    Trains arms and asks them about scenes.
 
     Args:
         study ([`Study`]): Where and how.
-        ks (`tuple[int, ...]`): Numbers of VoCo tokens, ascending.
+        arms (`Sequence[Arm]`): What is compared, as of [`make_arms`].
         seeds (`range`): Seeds of the training: its scenes, their order, and weights that are new to an arm.
         split (`str`): Split to ask about.
         limit (`int`): Number of its scenes.
@@ -326,7 +326,7 @@ def run_study(
     Returns:
         `dict[str, list[ScenesResults]]`: results by arm, one a seed.
     """
-    return run_arms(study, make_arms(ks), seeds, lambda arm, seed: study.answers(arm, seed, split, limit), report)
+    return run_arms(study, arms, seeds, lambda arm, seed: study.answers(arm, seed, split, limit), report)
 
 
 def run_arms(

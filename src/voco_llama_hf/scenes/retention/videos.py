@@ -28,7 +28,7 @@ from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
 from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
 from .report import percent as mean_percent
-from .report import write_record
+from .report import save_report
 from .study import Arm, Study, run_arms
 
 
@@ -195,11 +195,7 @@ class VideoComparison:
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, or the table as Markdown if the name ends so."""
-        if path.suffix.lower() != ".md":
-            write_record(path, **asdict(self))
-            return
-        with written_aside(path) as part:
-            part.write_text(self.to_markdown())
+        save_report(path, self.to_markdown(), **asdict(self))
 
     def plot(self, path: Path) -> None:
         """Draws what all frames tell, a panel for each number of tokens, one group of bars a family."""
