@@ -58,6 +58,14 @@ class Suite(StrEnum):
 
 
 TRAINS = (Suite.retention, Suite.video_retention, Suite.distillation)
+# Options that not all suites have
+OPTIONS_OF = {
+    ("model", "device", "dtype", "batch_size"): (Suite.scenes, Suite.videos, Suite.lmms),
+    ("split",): (Suite.scenes, Suite.videos, *TRAINS),
+    ("work_dir",): (*TRAINS, Suite.lmms),
+    ("size", "steps", "learning_rates", "seeds"): TRAINS,
+    ("include_path", "upper_bound", "num_frames"): (Suite.lmms,),
+}
 DEFAULT_COUNTS = {
     Suite.scenes: "1 2 4 8",
     Suite.videos: "2",
@@ -86,6 +94,7 @@ class Evaluate(TyperCommand):
 
 
 def evaluate(
+    context: typer.Context,
     tasks: Annotated[
         list[str] | None,
         typer.Argument(
@@ -195,10 +204,12 @@ def evaluate(
 
     voco-llama evaluate --suite lmms gqa pope mme -k 1 2 8 --output lmms.json --plot lmms.png
     """
+    check_options(context, suite)
     if suite is Suite.lmms:
         check_lmms_options(tasks or [], include_path)
     else:
-        check_no_lmms_options(suite, tasks, include_path, upper_bound, num_frames)
+        if tasks:
+            raise UsageProblem(f"unexpected extra argument {tasks[0]!r}: tasks go with --suite lmms")
         check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
     counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
     for path in (output, plot):
@@ -218,10 +229,6 @@ def evaluate(
     if suite not in TRAINS:
         evaluate_model(suite, model, split.value, counts, limit, batch_size or BATCH_SIZE, output, plot, device, dtype)
     else:
-        if any(option is not None for option in (model, device, dtype, batch_size)):
-            raise UsageProblem(
-                f"--suite {suite} trains its own models: --model, --device, --dtype and --batch-size do not go with it"
-            )
         trained = chosen_size(suite, size, steps, learning_rates)
         if suite is Suite.distillation:
             if counts != (1,):
@@ -233,15 +240,19 @@ def evaluate(
             compare_compressors(folder, size.value, trained, seeds, split.value, counts, limit, output, plot)
 
 
-def check_no_lmms_options(suite: Suite, tasks: list[str] | None, *options: object) -> None:
+def check_options(context: typer.Context, suite: Suite) -> None:
     """
     Raises:
-        UsageProblem: if something is given that belongs to another suite.
+        UsageProblem: if an option is given that only other suites have.
     """
-    if tasks:
-        raise UsageProblem(f"unexpected extra argument {tasks[0]!r}: tasks go with --suite lmms")
-    if any(option is not None for option in options):
-        raise UsageProblem(f"--include-path, --upper-bound and --num-frames go with --suite lmms, not with {suite}")
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for options, suites in OPTIONS_OF.items():
+        for option in options:
+            source = context.get_parameter_source(option)
+            if suite not in suites and source is not None and source.name == "COMMANDLINE":
+                *others, last = suites
+                those = f"{', '.join(others)} and {last}" if others else last
+                raise UsageProblem(f"{names[option]} goes with --suite {those}, not with {suite}")
 
 
 def check_counts(text: str) -> tuple[int, ...]:
