@@ -173,6 +173,17 @@ DENSE = Phase(
     batch_size=8,
     dense_share=0.75,
 )
+# As many again of other scenes, at a rate that falls from the first step on
+FALLING = replace(
+    DENSE,
+    name="linear",
+    steps=3100,
+    learning_rate=8e-4,
+    scheduler="linear",
+    decay=Phase.decay,
+    dense_share=0.85,
+    seed=1,
+)
 # 576 vision tokens, as the paper's, of images alone: from the embedded checkpoint, whose language model reads VoCo
 # tokens already
 SCENES_576 = Recipe(
@@ -193,17 +204,9 @@ SCENES_576 = Recipe(
             freeze=FROZEN_TOWER,
         ),
         DENSE,
-        # As many again of other scenes, at a rate that falls from the first step on
-        replace(
-            DENSE,
-            name="linear",
-            steps=3100,
-            learning_rate=8e-4,
-            scheduler="linear",
-            decay=Phase.decay,
-            dense_share=0.85,
-            seed=1,
-        ),
+        FALLING,
+        # Others yet, each read with two numbers of VoCo tokens: benchmarks/draws.py
+        replace(FALLING, name="two_draws", steps=2250, draws=2, seed=2, share=0.6),
     ),
     canvas=LARGE,
     start=EMBEDDED_CHECKPOINT,
