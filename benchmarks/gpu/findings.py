@@ -36,7 +36,9 @@ def run(parts: Parts, setting: Setting) -> None:
 
 def tiny(recipe: Recipe) -> Recipe:
     """A recipe of the same kind that takes seconds."""
-    phases = [replace(phase, steps=1, num_voco_tokens=(1, 0), questions=2, batch_size=None) for phase in recipe.phases]
+    phases = [
+        replace(phase, steps=1, num_voco_tokens=(1, 2, 0), questions=2, batch_size=None) for phase in recipe.phases
+    ]
     return replace(
         recipe,
         canvas=SMALL,

@@ -95,9 +95,10 @@ def test_existing_output(evaluate, tmp_path):
     assert (tmp_path / "results.json").read_text() == "old"
 
 
-def test_an_existing_second_picture(evaluate, tmp_path):
+def test_an_existing_second_picture(invoke, tmp_path):
     (tmp_path / "study_training.png").write_text("old")
-    refused = evaluate("--suite", "retention", "--plot", tmp_path / "study.png", "--work-dir", tmp_path, exit_code=2)
+    options = ["--suite", "retention", "--plot", tmp_path / "study.png", "--work-dir", tmp_path]
+    refused = invoke("evaluate", *options, exit_code=2)
     assert "study_training.png" in refused.stderr and "--force to replace it" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["study_training.png"]
 
