@@ -246,13 +246,14 @@ def check_options(context: typer.Context, suite: Suite) -> None:
         UsageProblem: if an option is given that only other suites have.
     """
     names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     for options, suites in OPTIONS_OF.items():
-        for option in options:
-            source = context.get_parameter_source(option)
-            if suite not in suites and source is not None and source.name == "COMMANDLINE":
-                *others, last = suites
-                those = f"{', '.join(others)} and {last}" if others else last
-                raise UsageProblem(f"{names[option]} goes with --suite {those}, not with {suite}")
+        refused = [names[option] for option in options if option in given]
+        if refused and suite not in suites:
+            *others, last = suites
+            those = f"{', '.join(others)} and {last}" if others else last
+            raise UsageProblem(f"{refused[0]} goes with --suite {those}, not with {suite}")
 
 
 def check_counts(text: str) -> tuple[int, ...]:

@@ -57,13 +57,12 @@ def one_token_sheet(title: str, heading: str, results: dict[str, list[ScenesResu
         results (`dict[str, list[ScenesResults]]`): By arm, one a seed.
     """
     columns = [(difficulty, group) for difficulty in DIFFICULTIES for group in RETAINED]
-    rows = [
-        [
-            arm,
-            *(percent([one.accuracy["k=1"][kind].get(group, NOTHING) for one in by_seed]) for kind, group in columns),
-        ]
-        for arm, by_seed in results.items()
-    ]
+    rows = []
+    for arm, by_seed in results.items():
+        scores = [one.accuracy["k=1"] for one in by_seed]
+        rows.append(
+            [arm, *(percent([s[difficulty].get(group, NOTHING) for s in scores]) for difficulty, group in columns)]
+        )
     headings = [f"{'objects' if group == OBJECTS else 'questions'}, {difficulty}" for difficulty, group in columns]
     return Sheet(title, [heading, *headings], rows)
 
