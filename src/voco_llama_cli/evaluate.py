@@ -157,8 +157,8 @@ def evaluate(
         list[float] | None,
         typer.Option(
             "--learning-rate",
-            help="Of what trains: peak learning rate, by default that of the size. Given several times, of images: "
-            "every arm is trained with each, with the first seed, and takes the one that reads validation best.",
+            help="Of what trains: peak learning rate, by default that of the size. Given several times, every "
+            "arm is trained with each, with the first seed, and takes the one that reads validation best.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Of what trains: how often everything is trained.")] = 3,
@@ -229,7 +229,7 @@ def evaluate(
     if suite not in TRAINS:
         evaluate_model(suite, model, split.value, counts, limit, batch_size or BATCH_SIZE, output, plot, device, dtype)
     else:
-        trained = chosen_size(suite, size, steps, learning_rates)
+        trained = chosen_size(size, steps, learning_rates)
         if suite is Suite.distillation:
             if counts != (1,):
                 raise UsageProblem("--suite distillation compresses into one token: --num-voco-tokens is 1")
@@ -317,12 +317,12 @@ def evaluate_model(
         results.plot(plot)
 
 
-def chosen_size(suite: Suite, size: StudySize, steps: int | None, learning_rates: list[float] | None) -> Size:
+def chosen_size(size: StudySize, steps: int | None, learning_rates: list[float] | None) -> Size:
     """
     A size, perhaps with other steps and learning rates.
 
     Raises:
-        UsageProblem: if the learning rates do not go with the suite, or one is not above 0.
+        UsageProblem: if a learning rate is not above 0.
     """
     from voco_llama_hf.scenes.retention.sizes import SIZES
 
@@ -330,8 +330,6 @@ def chosen_size(suite: Suite, size: StudySize, steps: int | None, learning_rates
     rates = tuple(learning_rates or default.learning_rates)
     if min(rates) <= 0 or not all(map(isfinite, rates)):
         raise UsageProblem(f"--learning-rate must be a finite number above 0, got {' '.join(map(str, rates))}")
-    if len(rates) > 1 and suite is Suite.video_retention:
-        raise UsageProblem("--suite video-retention trains with one --learning-rate")
     return replace(default, steps=default.steps if steps is None else steps, learning_rates=rates)
 
 

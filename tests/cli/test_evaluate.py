@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from voco_llama_cli.evaluate import StudySize, Suite, chosen_size
+from voco_llama_cli.evaluate import StudySize, chosen_size
 from voco_llama_cli.options import join_numbers
 
 
@@ -71,7 +71,7 @@ def test_errors(evaluate, tmp_path, args, message):
     [
         ("retention", ["0"], "--learning-rate must be a finite number above 0, got 0.0"),
         ("distillation", ["1e-3", "nan"], "must be a finite number above 0, got 0.001 nan"),
-        ("video-retention", ["1e-3", "2e-3"], "trains with one --learning-rate"),
+        ("video-retention", ["1e-3", "inf"], "must be a finite number above 0, got 0.001 inf"),
     ],
 )
 def test_learning_rates_that_cannot_be_trained_with(invoke, tmp_path, suite, rates, message):
@@ -84,8 +84,8 @@ def test_learning_rates_that_cannot_be_trained_with(invoke, tmp_path, suite, rat
 def test_the_size_of_a_study():
     from voco_llama_hf.scenes.retention.sizes import MINI_SIZE
 
-    assert chosen_size(Suite.retention, StudySize.mini, None, None) == MINI_SIZE
-    other = chosen_size(Suite.distillation, StudySize.mini, 7, [1e-3, 3e-3])
+    assert chosen_size(StudySize.mini, None, None) == MINI_SIZE
+    other = chosen_size(StudySize.mini, 7, [1e-3, 3e-3])
     assert other == replace(MINI_SIZE, steps=7, learning_rates=(1e-3, 3e-3))
 
 

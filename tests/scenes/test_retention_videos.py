@@ -14,6 +14,7 @@ from voco_llama_hf.scenes.moving import NUM_FRAMES, make_clips
 from voco_llama_hf.scenes.recipe import Phase
 from voco_llama_hf.scenes.retention.baselines import put_compressor
 from voco_llama_hf.scenes.retention.llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
+from voco_llama_hf.scenes.retention.report import percent
 from voco_llama_hf.scenes.retention.sizes import Size
 from voco_llama_hf.scenes.retention.videos import (
     GROUPS,
@@ -153,6 +154,12 @@ def test_the_comparison_is_shown_written_and_drawn(tmp_path):
     comparison.save(tmp_path / "videos.md")
     head, _, first, *_ = (tmp_path / "videos.md").read_text().splitlines()
     assert head.startswith("| arm | temporal |") and first.startswith("| VoCo, 2 a frame | 85.0 ±7.1 |")
+    # Which learning rate was an arm's is said where several were tried
+    replace(comparison, search={"llama-vid": {"0.002": 0.7, "0.004": 0.6}}).save(tmp_path / "searched.md")
+    assert (tmp_path / "searched.md").read_text().splitlines()[2:] == [
+        *(tmp_path / "videos.md").read_text().splitlines()[2:3],
+        "| llama-vid, at 0.002" + "".join(f" | {percent([0.9, 0.9])}" for _ in GROUPS) + " |",
+    ]
     # A panel for each number of tokens, that of LLaMA-VID among those of two
     heights = []
     for arms in (["VoCo, 2 a frame"], ["VoCo, 1 a frame", "VoCo, 2 a frame", "VoCo, 8 a frame"]):
@@ -168,9 +175,15 @@ def test_the_comparison_is_shown_written_and_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_a_micro_study_runs_end_to_end_and_is_found_again(tmp_path):
-    study = VideoStudy(tmp_path, Size(RECIPE, steps=2), compile=False)
+    study = VideoStudy(tmp_path, Size(RECIPE, steps=2, learning_rates=(1e-3, 2e-3)), compile=False)
     first = run_video_study(study, (2,), range(1), "validation", 4, report=lambda what: None)
     assert list(first.results) == [arm.name for arm in video_arms((2,))]
+    # Each was trained with both learning rates, and is the one that was better on validation
+    for arm in video_arms((2,)):
+        tried = first.search[arm.name]
+        assert list(tried) == ["0.001", "0.002"]
+        best = min(rate for rate, share in tried.items() if share == max(tried.values()))
+        assert study.folder_of(arm, 0).name.endswith(f"-at-{best}-seed-0-final")
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert run_video_study(study, (2,), range(1), "validation", 4, report=lambda what: None) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written

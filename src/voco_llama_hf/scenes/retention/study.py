@@ -155,27 +155,33 @@ class Study:
         if self.trained_base is None:
             train(self.base, self.work_dir, self.compile)
 
-    def trained(self, arm: Arm, seed: int) -> VoCoLlamaForConditionalGeneration:
+    def trained(self, arm: Arm, seed: int, learning_rate: float | None = None) -> VoCoLlamaForConditionalGeneration:
         """The model of an arm, trained or loaded."""
         model = self._untrained(arm, seed)
-        model.load_state_dict(load_weights(self.folder_of(arm, seed)))
+        model.load_state_dict(load_weights(self.folder_of(arm, seed, learning_rate)))
         return model.to(default_device()).eval()
 
-    def folder_of(self, arm: Arm, seed: int) -> Path:
-        """Folder of the arm, trained now or before."""
-        return self._train_at(arm, seed, self.learning_rate(arm))
+    def folder_of(self, arm: Arm, seed: int, learning_rate: float | None = None) -> Path:
+        """Folder of the arm, trained now or before, by default at its own learning rate."""
+        return self._train_at(arm, seed, learning_rate or self.learning_rate(arm))
 
     def learning_rate(self, arm: Arm) -> float:
         """The one with which an arm reads validation best, trained with the first seed."""
         first, *others = self.size.learning_rates
-        if not others:
-            return first
-        return max(self.size.learning_rates, key=lambda rate: self.curve(arm, FIRST_SEED, rate)[-1].exact_match)
+        return max((first, *others), key=lambda rate: self.validated(arm, rate)) if others else first
+
+    def validated(self, arm: Arm, learning_rate: float) -> float:
+        """Exact match on validation, from 0 to 1, after the training with the first seed."""
+        return self.curve(arm, FIRST_SEED, learning_rate)[-1].exact_match
+
+    def search(self, arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
+        """By arm, the learning rates that were tried, and what [`Study.validated`] says of each."""
+        rates = self.size.learning_rates
+        return {arm.name: {f"{rate:g}": self.validated(arm, rate) for rate in rates} for arm in arms}
 
     def curve(self, arm: Arm, seed: int, learning_rate: float | None = None) -> Curve:
         """What the training of an arm has come through."""
-        rate = learning_rate or self.learning_rate(arm)
-        log = json.loads((self._train_at(arm, seed, rate) / "log.json").read_text())["log"]
+        log = json.loads((self.folder_of(arm, seed, learning_rate) / "log.json").read_text())["log"]
         # Of what is distilled the next-token loss alone, to compare it with the others'
         return [
             Point(entry["step"], entry.get("eval_nll_loss", entry["eval_loss"]), entry[EXACT_MATCH])
@@ -364,10 +370,4 @@ class Courses:
 
 def trace(study: Study, arms: Sequence[Arm], seeds: range) -> Courses:
     """The courses of the trainings of [`run_arms`]."""
-    search = {
-        arm.name: {
-            f"{rate:g}": study.curve(arm, FIRST_SEED, rate)[-1].exact_match for rate in study.size.learning_rates
-        }
-        for arm in arms
-    }
-    return Courses(search, {arm.name: [study.curve(arm, seed) for seed in seeds] for arm in arms})
+    return Courses(study.search(arms), {arm.name: [study.curve(arm, seed) for seed in seeds] for arm in arms})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -25,14 +25,15 @@ from ..phases import training_options
 from ..readers import VideoReader, uncompressed_video_reader, voco_video_reader
 from ..recipe import Phase, Recipe
 from ..scoring import add_bars, add_legend, add_levels, add_panels, percent
-from ..video_evaluation import ALL_FRAMES, GROUPS, VideoResults, chance, score_video_readers
+from ..video_evaluation import ALL_FRAMES, GROUPS, TEMPORAL, VideoResults, chance, score_video_readers
 from .llama_vid import LlamaVid, LlamaVidCollator, llama_vid_reader
 from .report import percent as mean_percent
 from .report import save_report
-from .study import Arm, Study, run_arms
+from .study import FIRST_SEED, Arm, Study, run_arms
 
 
 LLAMA_VID = Arm("llama-vid", (0,), compressor="llama-vid", num_tokens=2)
+VALIDATION_CLIPS = 200  # by which a learning rate is chosen
 VIDEO_QUESTIONS = 6  # with fewer, some families are never asked about
 READING = "a frame"  # the only mode of an arm's results
 
@@ -73,9 +74,10 @@ class VideoStudy(Study):
         model.resize_token_embeddings(len(self.processor.tokenizer))
         return model
 
-    def learning_rate(self, arm: Arm) -> float:
-        """The first: no validation of videos says which is best."""
-        return self.size.learning_rates[0]
+    def validated(self, arm: Arm, learning_rate: float) -> float:
+        """Exact match on temporal questions of the validation split, from 0 to 1."""
+        results = self.video_answers(arm, FIRST_SEED, "validation", VALIDATION_CLIPS, learning_rate=learning_rate)
+        return results.accuracy[READING][ALL_FRAMES][TEMPORAL]
 
     def _callbacks(self, arm: Arm, phase: Phase) -> list[TrainerCallback]:
         return []
@@ -98,12 +100,14 @@ class VideoStudy(Study):
             eval_dataset=phase_rows(recipe, phase, "validation"),
         )
 
-    def video_answers(self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True) -> VideoResults:
+    def video_answers(
+        self, arm: Arm, seed: int, split: str, limit: int, progress: bool = True, learning_rate: float | None = None
+    ) -> VideoResults:
         """How well an arm answers the questions about videos, measured or read from where it was written."""
-        path = self.folder_of(arm, seed) / f"videos-{split}-{limit}.json"
+        path = self.folder_of(arm, seed, learning_rate) / f"videos-{split}-{limit}.json"
         if not path.exists():
             clips = make_clips(split, limit, canvas=self.base.canvas)
-            reader = make_video_reader(arm, self.trained(arm, seed), self.processor, clips)
+            reader = make_video_reader(arm, self.trained(arm, seed, learning_rate), self.processor, clips)
             score_video_readers({READING: reader}, clips, split, progress=progress).save(path)
         return VideoResults(**json.loads(path.read_text()))
 
@@ -137,10 +141,10 @@ def run_video_study(
     Returns:
         [`VideoComparison`]
     """
-    results = run_arms(
-        study, video_arms(ks), seeds, lambda arm, seed: study.video_answers(arm, seed, split, limit), report
-    )
-    return VideoComparison(study.size.steps, results)
+    arms = video_arms(ks)
+    results = run_arms(study, arms, seeds, lambda arm, seed: study.video_answers(arm, seed, split, limit), report)
+    # One learning rate is not asked about
+    return VideoComparison(study.size.steps, results, study.search(arms) if study.size.learning_rates[1:] else {})
 
 
 @dataclass
@@ -151,10 +155,13 @@ class VideoComparison:
     Args:
         steps (`int`): Steps that each was trained for.
         results (`dict[str, list[VideoResults]]`): By name of the arm, one a seed.
+        search (`dict[str, dict[str, float]]`): By arm, the learning rates that were compared, and the exact match on
+            temporal questions of the validation split; none where there was one.
     """
 
     steps: int
     results: dict[str, list[VideoResults]]
+    search: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def shares(self, arm: str, reading: str) -> dict[str, list[float]]:
         """Exact match from 0 to 1 by family, one number a seed."""
@@ -177,7 +184,7 @@ class VideoComparison:
             table.add_column(group, justify="right")
         for arm in self.results:
             for reading in some.accuracy[READING]:
-                name = arm if reading == ALL_FRAMES else ""
+                name = self._title(arm) if reading == ALL_FRAMES else ""
                 table.add_row(name, reading, *self._cells(arm, reading))
         table.add_section()
         table.add_row("chance", "", *(percent(self.chance.get(group)) for group in GROUPS))
@@ -186,8 +193,13 @@ class VideoComparison:
     def to_markdown(self) -> str:
         """The table with all frames, for a page."""
         lines = [f"| arm | {' | '.join(GROUPS)} |", "| --- |" + " ---: |" * len(GROUPS)]
-        lines += [f"| {arm} | {' | '.join(self._cells(arm, ALL_FRAMES))} |" for arm in self.results]
+        lines += [f"| {self._title(arm)} | {' | '.join(self._cells(arm, ALL_FRAMES))} |" for arm in self.results]
         return "\n".join(lines) + "\n"
+
+    def _title(self, arm: str) -> str:
+        """The arm, and the learning rate that was chosen for it where there were several."""
+        tried = self.search.get(arm)
+        return f"{arm}, at {max(tried, key=lambda rate: tried[rate])}" if tried else arm
 
     def _cells(self, arm: str, reading: str) -> list[str]:
         shares = self.shares(arm, reading)
