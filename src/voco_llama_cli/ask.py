@@ -240,14 +240,14 @@ def compress_now(
     """Images and paths of videos, whose frames are compressed as they are decoded."""
     from voco_llama_hf.modeling import VoCoCache
     from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
-    from voco_llama_hf.pictures import name_number, prepare
+    from voco_llama_hf.pictures import choose_number, name_number, prepare
     from voco_llama_hf.videos import read_frames
 
     if num_frames is None and fps is None:
         num_frames = processor.num_frames
-    count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
+    count, per_tile = choose_number(processor, num_voco_tokens, num_voco_tokens_per_tile)
     check_num_voco_tokens([count])
-    numbers: dict[str, Any] = {**name_number(count, num_voco_tokens_per_tile is not None)}
+    numbers: dict[str, Any] = {**name_number(count, per_tile)}
     caches: list[VoCoCache] = []
     kinds: list[str] = []
     tiles: list[int] = []

@@ -55,11 +55,10 @@ def compress(
 
     from voco_llama_hf.modeling import VoCoCache
     from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
-    from voco_llama_hf.pictures import name_number
+    from voco_llama_hf.pictures import choose_number, name_number
     from voco_llama_hf.vision_tokens import count_image_tiles, count_vision_tokens
 
-    per_tile = num_voco_tokens_per_tile is not None
-    count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
+    count, per_tile = choose_number(processor, num_voco_tokens, num_voco_tokens_per_tile)
     numbers: dict[str, Any] = {**name_number(count, per_tile)}
     caches: list[VoCoCache] = []
     num_tiles: list[int] = []

@@ -121,13 +121,13 @@ def index(
     from voco_llama_hf.modeling.configuration_voco_llama import cache_bytes
     from voco_llama_hf.modeling.processing_voco_llama import check_num_voco_tokens
     from voco_llama_hf.modeling.tiled_processing_voco_llama import check_divides_images
+    from voco_llama_hf.pictures import choose_number
     from voco_llama_hf.vision_tokens import count_vision_tokens
 
-    per_tile = num_voco_tokens_per_tile is not None
+    count, per_tile = choose_number(processor, num_voco_tokens, num_voco_tokens_per_tile)
     if per_tile:
         check_divides_images(processor.image_processor)
     sampling = Sampling(num_frames or (processor.num_frames if fps is None else None), fps, per_tile)
-    count = num_voco_tokens_per_tile or num_voco_tokens or processor.num_voco_tokens
     check_num_voco_tokens([count])
     indexer = Indexer(
         store, network, processor, count, sampling, eight_bit, batch_size, shard_images, num_workers, processes

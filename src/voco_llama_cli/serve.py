@@ -85,7 +85,8 @@ def serve(
     name = find_model(model)
     listen(host, port).close()  # an error before the model is loaded, not after
     network, processor = load_model(name, device, dtype)
-    processor.num_voco_tokens = num_voco_tokens or processor.num_voco_tokens
+    if num_voco_tokens is not None:
+        processor.num_voco_tokens, processor.num_voco_tokens_per_tile = num_voco_tokens, None
 
     from voco_llama_hf.serving import Limits, build_app, build_server
 

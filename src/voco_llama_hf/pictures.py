@@ -11,7 +11,7 @@ from .vision_tokens import count_largest_tiles, largest_size
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
-    from .modeling import VoCoLlamaForConditionalGeneration
+    from .modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
 PIXELS = ("pixel_values", "image_sizes")
 
@@ -25,6 +25,22 @@ def prepare(image_processor: "BaseImageProcessor", image: Any) -> dict[str, torc
 def name_number(num_voco_tokens: int, per_tile: bool) -> dict[str, int]:
     """What tells the processor and the model how many VoCo tokens an image gets, or else each of its tiles."""
     return {"num_voco_tokens_per_tile" if per_tile else "num_voco_tokens": num_voco_tokens}
+
+
+def choose_number(
+    processor: "VoCoLlamaProcessor", num_voco_tokens: int | None = None, num_voco_tokens_per_tile: int | None = None
+) -> tuple[int, bool]:
+    """
+    How many VoCo tokens an image gets, or else each of its tiles, and which of both: as is asked, or by default as the
+    model was trained for.
+    """
+    if num_voco_tokens is not None:
+        return num_voco_tokens, False
+    if num_voco_tokens_per_tile is None:
+        num_voco_tokens_per_tile = processor.num_voco_tokens_per_tile
+    if num_voco_tokens_per_tile is None:
+        return processor.num_voco_tokens, False
+    return num_voco_tokens_per_tile, True
 
 
 def join(pictures: Sequence[dict[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -60,4 +76,4 @@ def random_pictures(model: "VoCoLlamaForConditionalGeneration", num_images: int)
     return {"pixel_values": tiles, "image_sizes": torch.tensor([largest_size(config)] * num_images)}
 
 
-__all__ = ["PIXELS", "choose", "join", "name_number", "prepare", "random_pictures"]
+__all__ = ["PIXELS", "choose", "choose_number", "join", "name_number", "prepare", "random_pictures"]

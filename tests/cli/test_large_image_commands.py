@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from serving.conftest import MODEL, ask, client_of, data_url, in_process
 
 from voco_llama_hf import VoCoCache, VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from voco_llama_hf.demo import DemoEngine
+from voco_llama_hf.hub.card import make_card
 from voco_llama_hf.images import open_image
 from voco_llama_hf.modeling.fingerprint_voco_llama import with_images
 from voco_llama_hf.scenes.evaluation import evaluate_scenes
@@ -111,6 +113,45 @@ def test_voco_tokens_of_every_tile(invoke, folder, model, processor, tmp_path):
         (["--cache", cache, "--num-tiles", ""], "which are not the .* of --num-tiles"),
     ):
         assert re.search(message, " ".join(invoke(*ask, *args, QUESTION, exit_code=2).stderr.split()))
+
+
+@pytest.fixture(scope="module")
+def tiles_folder(folder, tmp_path_factory) -> Path:
+    """The same model, as a training with VoCo tokens of every tile saves it."""
+    path = tmp_path_factory.mktemp("tiles") / folder.name
+    shutil.copytree(folder, path)
+    VoCoLlamaProcessor.from_pretrained(folder, num_voco_tokens_per_tile=2).save_pretrained(path)
+    return path
+
+
+def test_a_model_that_was_trained_for_tiles_is_asked_so(invoke, folder, tiles_folder, model, processor, tmp_path):
+    """By all who are told no number; who is told one of the image reads it whole."""
+    photos, cache, store = sorted((folder / "photos").iterdir()), tmp_path / "cache", tmp_path / "store"
+    expected = answer_per_tile(model, processor, photos[:2], 2)
+    with_model = ["--model", tiles_folder]
+    question = ["ask", *with_model, "--max-new-tokens", 6]
+    assert invoke(*question, *photos[:2], QUESTION).stdout.strip() == expected
+    whole = invoke(*question, "-k", 2, photos[0], QUESTION).stdout.strip()
+    assert whole == answer(model, processor, photos[0], 2)
+    printed = invoke("compress", *with_model, "--output", cache, *photos[:2]).stdout
+    tiles = re.search(r"2 images in ([\d,]+) tiles, 2 VoCo tokens each", printed).group(1)
+    assert invoke(*question, "--cache", cache, "--num-tiles", tiles, QUESTION).stdout.strip() == expected
+    invoke("index", tiles_folder / "photos", "--store", store, *with_model)
+    with VoCoStore(store) as opened:
+        assert [(entry.num_voco_tokens, entry.is_in_tiles) for entry in opened] == [(2, True)] * len(photos)
+    compressor = VoCoCompressor(str(tiles_folder))
+    assert (compressor.num_voco_tokens, compressor.sampling.per_tile) == (2, True)
+    compressor = VoCoCompressor(str(tiles_folder), 1)
+    assert (compressor.num_voco_tokens, compressor.sampling.per_tile) == (1, False)
+
+    trained_so = VoCoLlamaProcessor.from_pretrained(tiles_folder)
+    assert DemoEngine(model, trained_so, Limits()).per_tile and not DemoEngine(model, processor, Limits()).per_tile
+    with in_process(model, trained_so) as (_, url):
+        messages = ask(QUESTION, *[data_url(photo.read_bytes()) for photo in photos[:2]])
+        reply = client_of(url).chat.completions.create(model=MODEL, messages=messages, max_tokens=6, temperature=0)
+    assert reply.choices[0].message.content.strip() == expected
+    card = make_card(model.config, trained_so, "some/model").text
+    assert "num_voco_tokens_per_tile=2))" in card and "voco_cache=cache, num_tiles=len(cache)" in card
 
 
 def test_images_that_are_not_divided_have_no_tiles(invoke, folder, tmp_path):

@@ -71,6 +71,27 @@ def test_tokens_of_every_tile(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_number_for_every_tile_is_saved(tmp_path, kind):
+    """And is what a call makes that names none, in a chat and in a pipeline as well."""
+    PROCESSORS[kind].save_pretrained(tmp_path)
+    MODELS[kind].save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).num_voco_tokens_per_tile is None
+    VoCoLlamaProcessor.from_pretrained(tmp_path, num_voco_tokens_per_tile=2).save_pretrained(tmp_path)
+    loaded, image = AutoProcessor.from_pretrained(tmp_path), picture(84, 84)
+    text = "<image>what?"
+    expected = PROCESSORS[kind](images=image, text=text, num_voco_tokens_per_tile=2, return_tensors="pt")
+    found = loaded(images=image, text=text, return_tensors="pt")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert loaded(images=image, text=text, num_voco_tokens=3)["num_voco_tokens"] == [3]
+    assert loaded._get_num_multimodal_tokens([[84, 84]])["num_image_tokens"] == [20]
+    assert loaded._get_num_multimodal_tokens([[84, 84]], num_voco_tokens=3)["num_image_tokens"] == [3]
+    pipe = pipeline("image-text-to-text", model=str(tmp_path))
+    answer = MODELS[kind].generate(**expected, max_new_tokens=4)[0, expected["input_ids"].shape[1] :]
+    (reply,) = pipe(images=[image], text=[text], max_new_tokens=4, return_full_text=False)
+    assert reply["generated_text"] == loaded.decode(answer, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_wrong_numbers_of_tiles_are_told(kind):
     processor, model = PROCESSORS[kind], MODELS[kind]
     whole = processor(images=picture(56, 28), return_tensors="pt")
@@ -87,6 +108,10 @@ def test_wrong_numbers_of_tiles_are_told(kind):
         build_processor()(images=picture(56, 28), text="<image>", num_voco_tokens_per_tile=1)
     with pytest.raises(ValueError, match="at least 1"):
         processor(images=picture(56, 28), text="<image>", num_voco_tokens_per_tile=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        VoCoLlamaProcessor(processor.image_processor, processor.tokenizer, num_voco_tokens_per_tile=0)
+    with pytest.raises(ValueError, match="divides images into tiles"):
+        VoCoLlamaProcessor(build_processor().image_processor, processor.tokenizer, num_voco_tokens_per_tile=1)
 
 
 @torch.no_grad()

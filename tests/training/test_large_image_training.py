@@ -73,6 +73,8 @@ def test_voco_tokens_of_every_tile(tmp_path, kind):
     assert set(batch["num_voco_tokens"].tolist()) == {3}
     model, processor = trainer.model.eval(), trainer.processing_class
     assert processor.num_voco_tokens == model.config.num_voco_tokens == 1  # of a whole image, which is another thing
+    trainer.save_model()
+    assert type(processor).from_pretrained(tmp_path).num_voco_tokens_per_tile == 2  # the first, as of whole images
     images = [image for row in trainer.train_dataset.select(range(2)) for image in row["images"]]
     expected = processor(images=images, num_voco_tokens_per_tile=3, return_tensors="pt")
     batch = trainer.data_collator(list(trainer.train_dataset.select(range(2))))
@@ -82,6 +84,10 @@ def test_voco_tokens_of_every_tile(tmp_path, kind):
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
     trainer.create_model_card()
     assert "| VoCo tokens of every tile, drawn for every step | 2, 1, 3 |" in (tmp_path / "README.md").read_text()
+    # Who trains it for whole images takes that back
+    again = config(tmp_path / "again", num_voco_tokens=[3])
+    VoCoSFTTrainer(trainer.model, again, train_dataset=trainer.train_dataset, processing_class=processor)
+    assert processor.num_voco_tokens_per_tile is None and processor.num_voco_tokens == 3
 
 
 def test_what_voco_tokens_of_every_tile_do_not_go_with(tmp_path):

@@ -101,6 +101,7 @@ class DemoEngine:
         self.processor = processor
         self.limits = limits
         self.divides_images = divides_images(processor.image_processor)
+        self.per_tile = processor.num_voco_tokens_per_tile is not None
         self.num_frames = min(processor.num_frames, self.limits.max_images)
         self.cost = CostModel(model.config)
         self.num_vision_tokens = self.cost.num_vision_tokens

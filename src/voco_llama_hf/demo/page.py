@@ -268,7 +268,8 @@ def build_input(
     per_tile = []
     if engine.divides_images:
         info = "Of a large picture, which the model reads in tiles: each keeps k tokens of its own."
-        per_tile = [gr.Checkbox(label="k for every tile", info=info, elem_id="per-tile")]
+        box = gr.Checkbox(engine.per_tile, label="k for every tile", info=info, elem_id="per-tile")
+        per_tile = [box]
     return upload, count, per_tile, taken
 
 

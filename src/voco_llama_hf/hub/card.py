@@ -15,6 +15,7 @@ from ..files import check_inside, written_aside
 from ..loading import find_base, is_adapter_folder, is_hub_id, load_config, load_processor
 from ..modeling import VoCoLlamaConfig, VoCoLlamaProcessor
 from ..modeling.compat_voco_llama import NEWEST_TESTED, OLDEST
+from ..pictures import choose_number
 from ..prompts import starts_with_bos
 from .cost import CostModel, ImageCost
 from .metadata import check_base_model, check_license
@@ -116,6 +117,7 @@ def make_card(
     data = merge_metadata(None if card is None else card.data, given, datasets, tags, eval_results, name)
     cost = CostModel(config)
     size = config.vision_config.image_size  # type: ignore[union-attr]
+    number, per_tile = choose_number(processor)
     rendered = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -130,7 +132,8 @@ def make_card(
         ellipse=", ".join(str(round(size * edge)) for edge in (0.3, 0.3, 0.7, 0.7)),
         has_chat_template=processor.chat_template is not None,
         writes_bos=writes_bos(processor),
-        num_voco_tokens=config.num_voco_tokens,
+        num_voco_tokens=number,
+        per_tile=per_tile,
         cost=cost,
         cost_rows=cost_rows(cost, sorted({*TOKEN_COUNTS, config.num_voco_tokens})),
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),

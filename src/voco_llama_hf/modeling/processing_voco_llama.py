@@ -74,9 +74,13 @@ class VoCoLlamaProcessor(ProcessorMixin):
             What stands for a video in a text.
         num_frames (`int`, *optional*, defaults to 8):
             Frames sampled from a video file when a call names neither `num_frames` nor `fps`.
+        num_voco_tokens_per_tile (`int`, *optional*):
+            For a model that was trained to compress every tile on its own: VoCo tokens of every tile when a call does
+            not say, in place of `num_voco_tokens`.
 
     Raises:
-        ValueError: if the tokenizer has no `voco_token`, or `num_voco_tokens` is below 1.
+        ValueError: if the tokenizer has no `voco_token`, a number is below 1, or `num_voco_tokens_per_tile` is given
+            and the image processor divides no images.
 
     Example:
 
@@ -90,8 +94,6 @@ class VoCoLlamaProcessor(ProcessorMixin):
 
     # Of a processor, not of a checkpoint: trainers that hand its output on to functions of fixed arguments unset it
     return_num_voco_tokens = True
-    # Likewise: a trainer sets it for calls, of others, that name no number
-    num_voco_tokens_per_tile: int | None = None
 
     def __init__(
         self,
@@ -103,12 +105,17 @@ class VoCoLlamaProcessor(ProcessorMixin):
         voco_token: str = "<voco>",
         video_token: str = "<video>",
         num_frames: int = 8,
+        num_voco_tokens_per_tile: int | None = None,
         **kwargs,
     ):
         voco_token_id = tokenizer.convert_tokens_to_ids(voco_token)
         if voco_token_id is None or voco_token_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no {voco_token} token: add it as a special token")
         self.num_voco_tokens = per_image_counts(num_voco_tokens, 1)[0]
+        self.num_voco_tokens_per_tile = num_voco_tokens_per_tile
+        if num_voco_tokens_per_tile is not None:
+            check_divides_images(image_processor)
+            self.num_voco_tokens_per_tile = per_image_counts(num_voco_tokens_per_tile, 1)[0]
         self.image_token = image_token
         self.voco_token = voco_token
         self.video_token = video_token
@@ -138,7 +145,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
             voco_cache ([`VoCoCache`], *optional*):
                 The images and frames compressed already, instead of `images` and `videos`.
             num_voco_tokens (`int` or `list[int]`, *optional*):
-                VoCo tokens of every image, or of each; the frames of a video are images.
+                VoCo tokens of every image, or of each; the frames of a video are images. By default those of the
+                processor, of every tile where it names such a number.
             num_voco_tokens_per_tile (`int`, *optional*):
                 For an image processor that divides images into tiles: VoCo tokens of every tile and of the one that
                 shows all of an image, each compressed on its own, instead of `num_voco_tokens` for all of them.
@@ -391,6 +399,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         counts = self._counts(num_voco_tokens, len(image_sizes))
+        if num_voco_tokens is None and num_voco_tokens_per_tile is None:
+            num_voco_tokens_per_tile = self.num_voco_tokens_per_tile
         if num_voco_tokens_per_tile is not None:
             counts = count_voco_tokens(self.image_processor, image_sizes, num_voco_tokens_per_tile)
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))

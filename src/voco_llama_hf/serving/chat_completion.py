@@ -21,7 +21,7 @@ from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from ..images import TooLargeError, decode_image
 from ..modeling import VoCoCache
 from ..modeling.tiled_processing_voco_llama import check_divides_images
-from ..pictures import prepare
+from ..pictures import choose_number, prepare
 from ..prompts import check_num_tokens, check_text_length, render, starts_with_bos
 from ..vision_tokens import count_image_tiles
 from .answers import Answer, Job, Picture
@@ -160,7 +160,7 @@ class ChatCompletions:
         """VoCo tokens of an image, or of each of its tiles, and which of both."""
         given = [name for name in NUMBERS if body.get(name) is not None]
         if not given:
-            return self.processor.num_voco_tokens, False
+            return choose_number(self.processor)
         if len(given) > 1:
             raise HTTPException(400, f"a request has {' or '.join(NUMBERS)}, not both")
         name, asked = given[0], body[given[0]]

@@ -24,7 +24,7 @@ from ..modeling.images_voco_llama import to_rgb
 from ..modeling.layout_voco_llama import per_image_counts
 from ..modeling.processing_voco_llama import check_num_voco_tokens
 from ..modeling.tiled_processing_voco_llama import check_divides_images
-from ..pictures import prepare
+from ..pictures import choose_number, prepare
 from .compression import Compression, Sampling
 from .content import Content, hash_pixels
 from .rows import Packed, arrow_schema, to_row, to_table
@@ -142,11 +142,10 @@ class VoCoCompressor:
         if num_voco_tokens is not None and num_voco_tokens_per_tile is not None:
             raise ValueError("give num_voco_tokens or num_voco_tokens_per_tile, not both")
         self.processor = load_processor(model)
-        per_tile = num_voco_tokens_per_tile is not None
+        given, per_tile = choose_number(self.processor, num_voco_tokens, num_voco_tokens_per_tile)
         if per_tile:
             check_divides_images(self.processor.image_processor)
-        given = num_voco_tokens_per_tile if per_tile else num_voco_tokens
-        (self.num_voco_tokens,) = per_image_counts(self.processor.num_voco_tokens if given is None else given, 1)
+        (self.num_voco_tokens,) = per_image_counts(given, 1)
         check_num_voco_tokens([self.num_voco_tokens])
         self.sampling = Sampling(num_frames or (self.processor.num_frames if fps is None else None), fps, per_tile)
         self.batch_size, self.num_threads, self.eight_bit = batch_size, num_threads, eight_bit

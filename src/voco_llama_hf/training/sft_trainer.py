@@ -124,6 +124,9 @@ class VoCoSFTTrainer(SFTTrainer):
             check_divides_images(self.processing_class.image_processor)
             if data_collator is not None:
                 raise ValueError("num_voco_tokens_per_tile needs this trainer's data collator, which divides images")
+        if args.choices is not None:
+            # What is trained says of itself how it is to be asked
+            self.processing_class.num_voco_tokens_per_tile = next(iter(args.num_voco_tokens_per_tile or []), None)
         if args.num_voco_tokens is not None and args.num_voco_tokens[0] > 0:
             self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.num_voco_tokens[0]
         if data_collator is None and self._is_vision_dataset:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from modeling.helpers import TILED, build_processor, tiny_model
 
 from voco_llama_hf import EMBEDDED_CHECKPOINT
 
@@ -174,3 +175,15 @@ def test_cached_answers_are_those_of_their_k(task, run_task, num_choices, tmp_pa
 def test_errors(run_task, arguments, message):
     with pytest.raises(ValueError, match=message):
         run_task("scenes", **arguments)
+
+
+def test_a_model_that_was_trained_for_tiles_is_read_whole_when_that_is_said():
+    from voco_llama_hf.integrations.lmms_eval.model import LoadedVoCoLlama
+
+    processor = build_processor("llava_next")
+    model = tiny_model(voco_token_id=processor.image_token_id, **TILED["llava_next"])
+    processor.num_voco_tokens_per_tile = 2
+    with pytest.raises(ValueError, match="trained for VoCo tokens of every tile"):
+        LoadedVoCoLlama(model, processor)
+    assert LoadedVoCoLlama(model, processor, 3).answerer.reading.num_voco_tokens == 3
+    LoadedVoCoLlama(model, processor, attention_mode="uncompressed")

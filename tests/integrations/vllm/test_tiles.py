@@ -1,5 +1,6 @@
 """Images that a model divides into tiles, each into its own number of them."""
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +92,17 @@ def test_random_prompts(name, tmp_path):
     with running(tmp_path, max_num_batched_tokens=32, **OPTIONS) as engine:
         for _ in range(2):
             assert answer(engine, prompts) == expected
+
+
+def test_a_model_that_was_trained_for_tiles_is_asked_so(checkpoint, tmp_path):
+    folder, model, processor = checkpoint
+    trained = shutil.copytree(folder, tmp_path / "trained")
+    type(processor).from_pretrained(folder, num_voco_tokens_per_tile=2).save_pretrained(trained)
+    question = {"text": "<image>and<image>What?", "images": random_pictures(8)[4:6]}
+    with running(trained, **OPTIONS) as engine:
+        for number in ({"num_voco_tokens_per_tile": 2}, {"num_voco_tokens": 2}):
+            given = number if "num_voco_tokens" in number else {}
+            assert answer(engine, [asked(**question, **given)]) == [reference(model, processor, **question, **number)]
 
 
 def test_images_together(checkpoint):

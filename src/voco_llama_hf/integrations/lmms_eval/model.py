@@ -16,6 +16,7 @@ from ...loading import is_hub_id, load_model, load_processor
 from ...modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 from ...modeling.modeling_voco_llama import ATTENTION_MODES
 from ...modeling.processing_voco_llama import check_num_voco_tokens
+from ...pictures import choose_number
 from .answering import Answerer, Question
 from .compat import keep_scores
 from .reading import AttentionMode, make_reading
@@ -53,7 +54,12 @@ class LoadedVoCoLlama(lmms):
         keep_scores()
         self.blind, self.batch_size, self.device = blind, batch_size, model.device
         self.num_frames = num_frames or processor.num_frames
-        k = num_voco_tokens or processor.num_voco_tokens
+        k, per_tile = choose_number(processor, num_voco_tokens)
+        if per_tile and attention_mode != "uncompressed":
+            raise ValueError(
+                "this model was trained for VoCo tokens of every tile, and tasks are read with those of an image: "
+                "give num_voco_tokens to read them so"
+            )
         self.answerer = Answerer(make_reading(model, processor, attention_mode, k, max_cache_bytes), batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:

@@ -34,6 +34,7 @@ from ...modeling import VoCoCache, VoCoLlamaProcessor
 from ...modeling.configuration_voco_llama import key_value_shape
 from ...modeling.tiled_processing_voco_llama import check_grid
 from ...modeling.tiles_voco_llama import FRAME, read_sizes
+from ...pictures import choose_number, name_number
 from ...vision_tokens import count_image_tiles, count_vision_tokens, largest_size
 from .limits import check_segment, max_num_voco_tokens
 from .stored_images import ServedModel, StoreReader
@@ -132,7 +133,7 @@ class VoCoLlamaProcessingInfo(BaseProcessingInfo):
         if unknown := sorted(set(merged) - set(OPTIONS)):
             raise ValueError(f"mm_processor_kwargs has {', '.join(unknown)}: only {' and '.join(OPTIONS)} are taken")
         # A request that says one of them does not mean the other, which the server may have been started with
-        given = named(options) or named(merged) or {OPTION: self.get_hf_processor().num_voco_tokens}
+        given = named(options) or named(merged) or name_number(*choose_number(self.get_hf_processor()))
         if len(given) > 1:
             raise ValueError(f"pass {OPTION} of an image, or {PER_TILE}, not both")
         ((name, count),) = given.items()
