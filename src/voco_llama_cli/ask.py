@@ -110,6 +110,11 @@ def ask(
         count = num_voco_tokens_per_tile or num_voco_tokens
         stored = from_store(store, names or [], count, num_voco_tokens_per_tile is not None)
     network, processor = load_model(name, device, dtype)
+    if cache is not None and num_tiles is None and processor.num_voco_tokens_per_tile is not None:
+        raise UsageProblem(
+            f"{name} compresses every tile of an image: say how many each image of {cache} has with --num-tiles, as "
+            "voco-llama compress has printed them"
+        )
     if stored is not None:
         made_for = with_images(network.fingerprint(), processor.image_processor)
         check_cache(stored.cache, network.config, made_for, what=str(cache or store))

@@ -212,6 +212,7 @@ def evaluate(
             raise UsageProblem(f"unexpected extra argument {tasks[0]!r}: tasks go with --suite lmms")
         check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
     counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
+    is_said = num_voco_tokens is not None
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
@@ -223,11 +224,12 @@ def evaluate(
     folder = work_dir or Path("runs") / suite.value
     if suite is Suite.lmms:
         asking = LmmsSettings(limit, batch_size or LMMS_BATCH_SIZE, num_frames, include_path)
-        evaluate_lmms(tasks or [], model, upper_bound, counts, asking, folder, output, plot, device, dtype)
+        evaluate_lmms(tasks or [], model, upper_bound, counts, asking, folder, output, plot, device, dtype, is_said)
         return
     limit = limit or SCENES
     if suite not in TRAINS:
-        evaluate_model(suite, model, split.value, counts, limit, batch_size or BATCH_SIZE, output, plot, device, dtype)
+        batch_size = batch_size or BATCH_SIZE
+        evaluate_model(suite, model, split.value, counts, limit, batch_size, output, plot, device, dtype, is_said)
     else:
         trained = chosen_size(size, steps, learning_rates)
         if suite is Suite.distillation:
@@ -289,11 +291,14 @@ def evaluate_model(
     plot: Path | None,
     device: str | None,
     dtype: Dtype | None,
+    is_said: bool,
 ) -> None:
-    """Asks one model."""
-    from .loading import find_model, load_model
+    """Asks one model; `is_said` is whether its user has chosen the numbers."""
+    from .loading import check_reads_images_whole, find_model, load_model
 
     network, processor = load_model(find_model(model), device, dtype)
+    if not is_said and suite is Suite.scenes:
+        check_reads_images_whole(processor)
     import datasets
 
     from voco_llama_hf.scenes import evaluate_scenes, evaluate_videos

@@ -46,14 +46,17 @@ def evaluate_lmms(
     plot: Path | None,
     device: str | None,
     dtype: Dtype | None,
+    is_said: bool,
 ) -> None:
     """Asks every task at every number of VoCo tokens and at the bounds."""
     from rich.console import Console
 
     from .evaluate import wide_console
-    from .loading import find_model, load_model
+    from .loading import check_reads_images_whole, find_model, load_model
 
     network = load_model(find_model(model), device, dtype)
+    if not is_said:
+        check_reads_images_whole(network[1])
     bound = None if upper_bound is None else load_model(find_model(upper_bound), device, dtype)
     with Console(stderr=True).status("Reading the tasks of lmms-eval"):
         import datasets

@@ -107,3 +107,15 @@ def silence_transformers() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     enable_progress_bars()
+
+
+def check_reads_images_whole(processor: VoCoLlamaProcessor) -> None:
+    """
+    Raises:
+        UsageProblem: if a model was trained for VoCo tokens of every tile, which is not how it is asked.
+    """
+    if processor.num_voco_tokens_per_tile is not None:
+        raise UsageProblem(
+            "this model was trained for VoCo tokens of every tile, and images are read whole here: give "
+            "--num-voco-tokens to read them so"
+        )

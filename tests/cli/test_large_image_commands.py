@@ -133,9 +133,14 @@ def test_a_model_that_was_trained_for_tiles_is_asked_so(invoke, folder, tiles_fo
     assert invoke(*question, *photos[:2], QUESTION).stdout.strip() == expected
     whole = invoke(*question, "-k", 2, photos[0], QUESTION).stdout.strip()
     assert whole == answer(model, processor, photos[0], 2)
+    assert whole != answer_per_tile(model, processor, photos[:1], 2)  # which else could not be told apart here
     printed = invoke("compress", *with_model, "--output", cache, *photos[:2]).stdout
     tiles = re.search(r"2 images in ([\d,]+) tiles, 2 VoCo tokens each", printed).group(1)
     assert invoke(*question, "--cache", cache, "--num-tiles", tiles, QUESTION).stdout.strip() == expected
+    refused = invoke(*question, "--cache", cache, QUESTION, exit_code=2).stderr
+    assert "has with --num-tiles" in " ".join(refused.split())
+    refused = invoke("evaluate", *with_model, exit_code=2).stderr
+    assert "give --num-voco-tokens to read them so" in " ".join(refused.split())
     invoke("index", tiles_folder / "photos", "--store", store, *with_model)
     with VoCoStore(store) as opened:
         assert [(entry.num_voco_tokens, entry.is_in_tiles) for entry in opened] == [(2, True)] * len(photos)
@@ -150,6 +155,12 @@ def test_a_model_that_was_trained_for_tiles_is_asked_so(invoke, folder, tiles_fo
         messages = ask(QUESTION, *[data_url(photo.read_bytes()) for photo in photos[:2]])
         reply = client_of(url).chat.completions.create(model=MODEL, messages=messages, max_tokens=6, temperature=0)
     assert reply.choices[0].message.content.strip() == expected
+    shown = processor(
+        images=[open_image(photo) for photo in photos[:2]],
+        text=f"user: <image><image>{QUESTION}assistant: ",
+        num_voco_tokens_per_tile=2,
+    )
+    assert reply.usage.prompt_tokens == len(shown["input_ids"][0])
     card = make_card(model.config, trained_so, "some/model").text
     assert "num_voco_tokens_per_tile=2))" in card and "voco_cache=cache, num_tiles=len(cache)" in card
 
@@ -334,6 +345,8 @@ def test_demo(folder, model, processor, tmp_path):
     assert apart.num_tokens == 2 * tiles > engine.compress(source, 2).num_tokens
     *_, last = engine.ask(source, 2, QUESTION, per_tile=True)
     assert last.text == answer_per_tile(model, processor, [photo], 2)
+    ((_, _, compared),) = engine.compare(source, QUESTION, [2], per_tile=True)
+    assert compared.text == last.text
     saved, _ = engine.open_cache(str(engine.save(source, 2, str(tmp_path), per_tile=True)), "me")
     assert saved.num_images == tiles and saved.num_voco_tokens == 2 * tiles
     reading, uncompressed = engine.ask_uncompressed(source, QUESTION)

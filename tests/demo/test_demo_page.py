@@ -208,7 +208,7 @@ def call(client: httpx2.Client, path: str) -> str:
 
 
 def test_voco_tokens_of_every_tile(browser, address, tmp_path):
-    """Of a model that divides images, which asks whether it is to be so; another has no such box."""
+    """Of a model that divides images, as it was trained unless the box is unticked; another has no such box."""
     page = browser.new_page()
     page.set_default_timeout(TIMEOUT)
     expect.set_options(timeout=TIMEOUT)
@@ -218,6 +218,7 @@ def test_voco_tokens_of_every_tile(browser, address, tmp_path):
     processor = build_processor("llava_next")
     tiny_model(voco_token_id=processor.image_token_id, **TILED["llava_next"]).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    type(processor).from_pretrained(tmp_path, num_voco_tokens_per_tile=2).save_pretrained(tmp_path)
     shown = picture(84, 84)
     shown.save(tmp_path / "large.png")
     num_tiles = len(processor(images=shown, num_voco_tokens_per_tile=2, return_tensors="pt")["pixel_values"])
@@ -225,9 +226,11 @@ def test_voco_tokens_of_every_tile(browser, address, tmp_path):
     with running(*command) as (_, url):
         page.goto(url)
         drop(page, tmp_path / "large.png")
-        expect(page.locator('#picture [data-voco-tokens="2"]')).to_be_visible()
-        page.check("#per-tile input")
-        expect(page.locator(f'#picture [data-voco-tokens="{2 * num_tiles}"]')).to_be_visible()
+        expect(page.locator("#per-tile input")).to_be_checked()
+        for is_ticked in (True, False, True):
+            page.set_checked("#per-tile input", is_ticked)
+            tokens = 2 * num_tiles if is_ticked else 2
+            expect(page.locator(f'#picture [data-voco-tokens="{tokens}"]')).to_be_visible()
         expect(page.locator("#ledger")).to_contain_text("k = 2 a tile")
         ask(page, "What is it?")
         expect(page.locator("#ledger tr.question")).to_have_count(1)

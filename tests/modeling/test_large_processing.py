@@ -83,8 +83,10 @@ def test_a_number_for_every_tile_is_saved(tmp_path, kind):
     found = loaded(images=image, text=text, return_tensors="pt")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert loaded(images=image, text=text, num_voco_tokens=3)["num_voco_tokens"] == [3]
-    assert loaded._get_num_multimodal_tokens([[84, 84]])["num_image_tokens"] == [20]
-    assert loaded._get_num_multimodal_tokens([[84, 84]], num_voco_tokens=3)["num_image_tokens"] == [3]
+    counted = loaded._get_num_multimodal_tokens([[84, 84]])
+    assert (counted["num_image_tokens"], counted["num_image_patches"]) == ([20], [len(found["pixel_values"])])
+    counted = loaded._get_num_multimodal_tokens([[84, 84]], num_voco_tokens=3)
+    assert (counted["num_image_tokens"], counted["num_image_patches"]) == ([3], [1])
     pipe = pipeline("image-text-to-text", model=str(tmp_path))
     answer = MODELS[kind].generate(**expected, max_new_tokens=4)[0, expected["input_ids"].shape[1] :]
     (reply,) = pipe(images=[image], text=[text], max_new_tokens=4, return_full_text=False)

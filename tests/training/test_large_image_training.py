@@ -84,6 +84,11 @@ def test_voco_tokens_of_every_tile(tmp_path, kind):
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
     trainer.create_model_card()
     assert "| VoCo tokens of every tile, drawn for every step | 2, 1, 3 |" in (tmp_path / "README.md").read_text()
+    # A training that names no number goes on so, with what goes with tiles
+    unsaid = {"train_dataset": trainer.train_dataset, "processing_class": processor}
+    assert VoCoSFTTrainer(model, config(tmp_path / "on"), **unsaid).args.choices == [2]
+    with pytest.raises(ValueError, match="distillation compares with all of an uncompressed image"):
+        VoCoSFTTrainer(model, config(tmp_path / "on", distillation_weight=0.5), **unsaid)
     # Who trains it for whole images takes that back
     again = config(tmp_path / "again", num_voco_tokens=[3])
     VoCoSFTTrainer(trainer.model, again, train_dataset=trainer.train_dataset, processing_class=processor)

@@ -208,14 +208,16 @@ class DemoEngine:
         reading = Reading(num_tokens, self.nbytes(num_tokens), Spent())
         return reading, Answer(text, spent, length, flops, is_done=True)
 
-    def compare(self, source: Source, question: str, counts: Sequence[int]) -> Iterator[tuple[int, Reading, Answer]]:
+    def compare(
+        self, source: Source, question: str, counts: Sequence[int], per_tile: bool = False
+    ) -> Iterator[tuple[int, Reading, Answer]]:
         """The same question at several numbers of VoCo tokens; [`UNCOMPRESSED`] is one of them."""
         for count in counts:
             if count == UNCOMPRESSED:
                 yield count, *self.ask_uncompressed(source, question)
             else:
-                reading = self.compress(source, count)
-                yield count, reading, list(self.ask(source, count, question))[-1]
+                reading = self.compress(source, count, per_tile)
+                yield count, reading, list(self.ask(source, count, question, per_tile))[-1]
 
     def save(self, source: Source, num_voco_tokens: int, folder: str, per_tile: bool = False) -> Path:
         """Writes the VoCo tokens into a new folder inside `folder`."""

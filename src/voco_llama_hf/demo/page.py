@@ -140,13 +140,13 @@ class Visit:
         yield steps, box, drawing.ledger(steps)
 
     @shown
-    def compare(self, source: Source | None, question: str) -> Iterator[str]:
+    def compare(self, source: Source | None, question: str, per_tile: bool = False) -> Iterator[str]:
         """The same question, read in several ways. One that fails says so in its column."""
         source = present(source)
         rows: list[Any] = []
         for count in COMPARED:
             try:
-                rows += self.engine.compare(source, question, [count])
+                rows += self.engine.compare(source, question, [count], per_tile)
             except ValueError as error:
                 if source.kind == "cache" or not question.strip():
                     raise
@@ -230,9 +230,8 @@ def build_page(
         gr.on([send.click, question.submit], visit.ask, **asking, api_name="ask", **model)
         for chip in proposed:
             chip.click(str, chip, question, api_visibility="private", queue=False).then(visit.ask, **asking, **private)
-        gr.on(
-            [start.click, compared.submit], visit.compare, [source, compared], comparison, api_name="compare", **model
-        )
+        comparing = [source, compared, *per_tile]
+        gr.on([start.click, compared.submit], visit.compare, comparing, comparison, api_name="compare", **model)
         # The file is written when it is asked for, and its download starts by itself
         save.click(visit.save, [source, count, *per_tile], file, api_name="save", **model).success(
             None, js="() => document.querySelector('#file, #file a').click()"

@@ -398,12 +398,14 @@ class VoCoLlamaProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        counts = self._counts(num_voco_tokens, len(image_sizes))
         if num_voco_tokens is None and num_voco_tokens_per_tile is None:
             num_voco_tokens_per_tile = self.num_voco_tokens_per_tile
-        if num_voco_tokens_per_tile is not None:
+        if num_voco_tokens_per_tile is None:
+            counts, tiles = self._counts(num_voco_tokens, len(image_sizes)), [1] * len(image_sizes)
+        else:
             counts = count_voco_tokens(self.image_processor, image_sizes, num_voco_tokens_per_tile)
-        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+            tiles = [count // num_voco_tokens_per_tile for count in counts]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=tiles)
 
     def apply_chat_template(self, *args, **kwargs):
         """

@@ -24,12 +24,13 @@ class VoCoSFTConfig(SFTConfig):
             Numbers of VoCo tokens of an image, one of which, or `draws_per_step`, is drawn for every optimizer step,
             the same on every process; 0 stands for a step that reads the uncompressed image, and a number that is
             listed twice is drawn twice as often. Evaluation uses the first number, and so do the saved model and
-            processor by default. Unset, every step uses `model.config.num_voco_tokens`.
+            processor by default. Unset, every step uses `model.config.num_voco_tokens`, or the number of VoCo tokens of
+            every tile that the processor has.
         num_voco_tokens_per_tile (`list[int]`, *optional*):
             Numbers of VoCo tokens of every tile to draw from, where images are divided into tiles, instead of
             `num_voco_tokens`. Each tile is compressed on its own, so no step reads the uncompressed image, and none is
-            distilled from it. The saved model is to be asked with this argument as well: what it reads without is the
-            image as a whole. Not with a data collator of one's own.
+            distilled from it. The saved processor makes the first of these numbers by default. Not with a data
+            collator of one's own.
         two_stages (`bool`, *optional*, defaults to `False`):
             Compress all images of a batch together, and let the text read what is left of them, instead of running
             long sequences with all vision tokens: less work for rows of several images or of many frames. Not with
@@ -119,16 +120,7 @@ class VoCoSFTConfig(SFTConfig):
             self.freeze = [self.freeze]
         if self.num_voco_tokens is not None and (not self.num_voco_tokens or min(self.num_voco_tokens) < 0):
             raise ValueError(f"num_voco_tokens takes numbers from 0 on, at least one, got {self.num_voco_tokens}")
-        if (per_tile := self.num_voco_tokens_per_tile) is not None:
-            if self.num_voco_tokens is not None:
-                raise ValueError("give num_voco_tokens of an image or num_voco_tokens_per_tile, not both")
-            if not per_tile or min(per_tile) < 1:
-                raise ValueError(f"num_voco_tokens_per_tile takes numbers from 1 on, at least one, got {per_tile}")
-            if self.distillation_weight > 0:
-                raise ValueError(
-                    "distillation compares with all of an uncompressed image: it goes with num_voco_tokens, not with "
-                    "num_voco_tokens_per_tile"
-                )
+        self.check_tiles()
         self._check_draws()
         if self.two_stages and self.gradient_checkpointing:
             raise ValueError(
@@ -138,6 +130,23 @@ class VoCoSFTConfig(SFTConfig):
             raise ValueError(f"distillation_weight must lie between 0 and 1, got {self.distillation_weight}")
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature must be above 0, got {self.distillation_temperature}")
+
+    def check_tiles(self) -> None:
+        """
+        Raises:
+            ValueError: if `num_voco_tokens_per_tile` has no numbers, or does not go with the rest.
+        """
+        if (per_tile := self.num_voco_tokens_per_tile) is None:
+            return
+        if self.num_voco_tokens is not None:
+            raise ValueError("give num_voco_tokens of an image or num_voco_tokens_per_tile, not both")
+        if not per_tile or min(per_tile) < 1:
+            raise ValueError(f"num_voco_tokens_per_tile takes numbers from 1 on, at least one, got {per_tile}")
+        if self.distillation_weight > 0:
+            raise ValueError(
+                "distillation compares with all of an uncompressed image: it goes with num_voco_tokens, not with "
+                "num_voco_tokens_per_tile"
+            )
 
     def _check_draws(self) -> None:
         if self.draws_per_step < 1:

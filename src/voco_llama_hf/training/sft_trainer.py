@@ -107,6 +107,11 @@ class VoCoSFTTrainer(SFTTrainer):
             model = load_student(model, args, quantization_config)
         if processing_class is None:
             processing_class = load_processor(name, revision)
+        if args.choices is None and data_collator is None and isinstance(processing_class, VoCoLlamaProcessor):
+            # What was trained for tiles is trained on so
+            per_tile = processing_class.num_voco_tokens_per_tile
+            args.num_voco_tokens_per_tile = None if per_tile is None else [per_tile]
+            args.check_tiles()
         super().__init__(
             model,
             args,

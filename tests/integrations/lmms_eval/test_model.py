@@ -3,8 +3,9 @@
 import pytest
 import torch
 from modeling.helpers import TILED, build_processor, tiny_model
+from modeling.test_large_processing import picture
 
-from voco_llama_hf import EMBEDDED_CHECKPOINT
+from voco_llama_hf import EMBEDDED_CHECKPOINT, VoCoLlamaProcessor
 
 
 pytest.importorskip("lmms_eval.api.model")
@@ -177,13 +178,22 @@ def test_errors(run_task, arguments, message):
         run_task("scenes", **arguments)
 
 
-def test_a_model_that_was_trained_for_tiles_is_read_whole_when_that_is_said():
+@pytest.mark.parametrize("attention_mode", ["voco", "causal", "uncompressed"])
+def test_a_model_that_was_trained_for_tiles_is_read_whole_when_that_is_said(attention_mode):
     from voco_llama_hf.integrations.lmms_eval.model import LoadedVoCoLlama
+    from voco_llama_hf.integrations.lmms_eval.visuals import as_visual
 
     processor = build_processor("llava_next")
     model = tiny_model(voco_token_id=processor.image_token_id, **TILED["llava_next"])
-    processor.num_voco_tokens_per_tile = 2
-    with pytest.raises(ValueError, match="trained for VoCo tokens of every tile"):
-        LoadedVoCoLlama(model, processor)
-    assert LoadedVoCoLlama(model, processor, 3).answerer.reading.num_voco_tokens == 3
-    LoadedVoCoLlama(model, processor, attention_mode="uncompressed")
+    trained_so = VoCoLlamaProcessor(processor.image_processor, processor.tokenizer, num_voco_tokens_per_tile=2)
+    if attention_mode != "uncompressed":
+        with pytest.raises(ValueError, match="trained for VoCo tokens of every tile"):
+            LoadedVoCoLlama(model, trained_so, attention_mode=attention_mode)
+    shown = [[as_visual(picture(*size), 8)] for size in ((28, 56), (84, 84))]
+    one, other = (
+        LoadedVoCoLlama(model, each, 3, attention_mode).answerer.reading.encode(["<image>a", "<image>b"], shown)
+        for each in (trained_so, processor)
+    )
+    assert torch.equal(one.input_ids, other.input_ids) and one.length == other.length
+    for name in one.inputs.keys() - {"voco_cache"}:
+        torch.testing.assert_close(one.inputs[name], other.inputs[name])

@@ -99,10 +99,11 @@ def test_a_model_that_was_trained_for_tiles_is_asked_so(checkpoint, tmp_path):
     trained = shutil.copytree(folder, tmp_path / "trained")
     type(processor).from_pretrained(folder, num_voco_tokens_per_tile=2).save_pretrained(trained)
     question = {"text": "<image>and<image>What?", "images": random_pictures(8)[4:6]}
+    whole, per_tile = ({"num_voco_tokens": 2}, {"num_voco_tokens_per_tile": 2})
+    expected = [reference(model, processor, **question, **number) for number in (per_tile, whole)]
+    assert expected[0] != expected[1]
     with running(trained, **OPTIONS) as engine:
-        for number in ({"num_voco_tokens_per_tile": 2}, {"num_voco_tokens": 2}):
-            given = number if "num_voco_tokens" in number else {}
-            assert answer(engine, [asked(**question, **given)]) == [reference(model, processor, **question, **number)]
+        assert answer(engine, [asked(**question), asked(**question, **whole)]) == expected
 
 
 def test_images_together(checkpoint):

@@ -153,7 +153,8 @@ class VoCoLlama(LoadedVoCoLlama):
         pretrained (`str`):
             Folder or Hub id of a model or of PEFT adapters.
         num_voco_tokens (`int`, *optional*):
-            VoCo tokens of an image, or of a frame of a video. By default the number of the checkpoint.
+            VoCo tokens of an image, or of a frame of a video. By default the number of the checkpoint, which one that
+            was trained for VoCo tokens of every tile does not have.
         attention_mode (`str`, *optional*, defaults to `"voco"`):
             `"voco"`; `"uncompressed"`, as a LLaVA of the same weights reads; or `"causal"`, all vision tokens and VoCo
             tokens behind them.

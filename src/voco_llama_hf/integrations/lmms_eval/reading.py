@@ -85,11 +85,12 @@ class Reading(ABC):
     def pixels(self, visuals: Sequence[Visual]) -> BatchFeature:
         """Images, or else videos, as the vision tower takes them."""
         pictures = [visual.load() for visual in visuals]
-        if visuals[0].kind == "video":
-            processed = self.processor(videos=pictures, return_num_voco_tokens=False, return_tensors="pt")
-        else:
-            images = [picture for group in pictures for picture in group]
-            processed = self.processor(images=images, return_num_voco_tokens=False, return_tensors="pt")
+        shown: dict[str, Any] = {"videos": pictures}
+        if visuals[0].kind != "video":
+            shown = {"images": [picture for group in pictures for picture in group]}
+        # Named, for a model may be asked about whole images that divides them by default
+        number = {"num_voco_tokens": self.num_voco_tokens, "return_num_voco_tokens": False}
+        processed = self.processor(**shown, **number, return_tensors="pt")
         self.num_read += len(processed["pixel_values"])
         return processed.to(self.model.device, self.model.dtype)
 
