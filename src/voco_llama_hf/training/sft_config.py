@@ -24,8 +24,8 @@ class VoCoSFTConfig(SFTConfig):
             Numbers of VoCo tokens of an image, one of which, or `draws_per_step`, is drawn for every optimizer step,
             the same on every process; 0 stands for a step that reads the uncompressed image, and a number that is
             listed twice is drawn twice as often. Evaluation uses the first number, and so do the saved model and
-            processor by default. Unset, every step uses `model.config.num_voco_tokens`, or the number of VoCo tokens of
-            every tile that the processor has.
+            processor by default. Unset, every step uses `model.config.num_voco_tokens`, or what the processor has for
+            every tile.
         num_voco_tokens_per_tile (`list[int]`, *optional*):
             Numbers of VoCo tokens of every tile to draw from, where images are divided into tiles, instead of
             `num_voco_tokens`. Each tile is compressed on its own, so no step reads the uncompressed image, and none is

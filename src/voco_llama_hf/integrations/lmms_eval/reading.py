@@ -88,9 +88,12 @@ class Reading(ABC):
         shown: dict[str, Any] = {"videos": pictures}
         if visuals[0].kind != "video":
             shown = {"images": [picture for group in pictures for picture in group]}
-        # Named, for a model may be asked about whole images that divides them by default
-        number = {"num_voco_tokens": self.num_voco_tokens, "return_num_voco_tokens": False}
-        processed = self.processor(**shown, **number, return_tensors="pt")
+        processed = self.processor(
+            **shown,
+            num_voco_tokens=self.num_voco_tokens,  # a model may be asked for whole images that divides them by default
+            return_num_voco_tokens=False,
+            return_tensors="pt",
+        )
         self.num_read += len(processed["pixel_values"])
         return processed.to(self.model.device, self.model.dtype)
 
