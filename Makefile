@@ -109,8 +109,8 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 # which does without it. So do accelerate without timm, and lmms-eval, except for some of its own models.
 $(LMMS_EVAL_VENV)/.installed: pyproject.toml
 	test -x $(LMMS_EVAL_VENV)/bin/python || $(PYTHON) -m venv $(LMMS_EVAL_VENV)
-	$(LMMS_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		$(TORCH) --editable ".[lmms-eval,serve,test]"
+	$(LMMS_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(LMMS_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[lmms-eval,serve,test]"
 	$(LMMS_EVAL_VENV)/bin/python -c "import torchvision" 2> /dev/null \
 		|| $(LMMS_EVAL_VENV)/bin/python -m pip uninstall --quiet --yes timm torchvision
 	@touch $@

@@ -307,7 +307,7 @@ def test_tiles_that_the_server_refuses(model, processor):
 
     with in_process(model, processor) as (_, url):
         messages = ask(QUESTION, image)
-        for number in (0, 65, "2", True):
+        for number in (0, 577, "2", True):
             assert "num_voco_tokens_per_tile must be an" in refusal(url, messages, num_voco_tokens_per_tile=number)
         twice = refusal(url, messages, num_voco_tokens=2, num_voco_tokens_per_tile=2)
         assert "num_voco_tokens or num_voco_tokens_per_tile, not both" in twice

@@ -120,7 +120,7 @@ def test_cancelled_streams_make_room(server):
         (400, {"max_tokens": 1025}, "max_tokens must be an integer from 1 to 1024"),
         (400, {"max_tokens": "many"}, "max_tokens must be an integer"),
         (400, {"temperature": 3}, "temperature must be a number from 0 to 2"),
-        (400, {"num_voco_tokens": 0}, "num_voco_tokens must be an integer from 1 to 64"),
+        (400, {"num_voco_tokens": 0}, "num_voco_tokens must be an integer from 1 to 576"),
         (400, {"n": 2}, "n must be 1"),
         (400, {"generation_config": "{}"}, "generation_config is not supported"),
         (404, {"model": "another"}, "this server has the model"),

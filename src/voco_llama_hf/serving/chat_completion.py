@@ -20,6 +20,7 @@ from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 
 from ..images import TooLargeError, decode_image
 from ..modeling import VoCoCache
+from ..modeling.cache_voco_llama import MAX_VOCO_TOKENS
 from ..modeling.tiled_processing_voco_llama import check_divides_images
 from ..pictures import choose_number, prepare
 from ..prompts import check_num_tokens, check_text_length, render, starts_with_bos
@@ -35,7 +36,6 @@ from .sampling import Sampling
 
 T = TypeVar("T")
 
-MAX_VOCO_TOKENS = 64
 READERS = 1  # threads that tokenize and decode: more take the event loop's turns, and hold hundreds of megabytes each
 CLIENT_GONE = 499
 PER_TILE = "num_voco_tokens_per_tile"
