@@ -184,6 +184,8 @@ FALLING = replace(
     dense_share=0.85,
     seed=1,
 )
+# Others yet, each read with two numbers of VoCo tokens: benchmarks/draws.py
+TWO_DRAWS = replace(FALLING, name="two_draws", steps=2250, draws=2, seed=2, share=0.6)
 # 576 vision tokens, as the paper's, of images alone: from the embedded checkpoint, whose language model reads VoCo
 # tokens already
 SCENES_576 = Recipe(
@@ -205,8 +207,9 @@ SCENES_576 = Recipe(
         ),
         DENSE,
         FALLING,
-        # Others yet, each read with two numbers of VoCo tokens: benchmarks/draws.py
-        replace(FALLING, name="two_draws", steps=2250, draws=2, seed=2, share=0.6),
+        TWO_DRAWS,
+        # Twice as many images a step
+        replace(TWO_DRAWS, name="large_batches", steps=1900, learning_rate=1.1e-3, seed=3, batch_size=16, share=0.6),
     ),
     canvas=LARGE,
     start=EMBEDDED_CHECKPOINT,
