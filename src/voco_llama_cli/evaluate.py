@@ -15,7 +15,6 @@ from .errors import UsageProblem
 from .evaluate_lmms import LmmsSettings, check_lmms_options, evaluate_lmms
 from .options import (
     DeviceOption,
-    Dtype,
     DtypeOption,
     ForceOption,
     ModelOption,
@@ -31,6 +30,7 @@ from .options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from voco_llama_hf.modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
     from voco_llama_hf.scenes.retention.sizes import Size
 
 TRAIN_EXTRA = ("datasets", "matplotlib", "sklearn")
@@ -212,7 +212,6 @@ def evaluate(
             raise UsageProblem(f"unexpected extra argument {tasks[0]!r}: tasks go with --suite lmms")
         check_train_extra("evaluate", (*TRAIN_EXTRA, "peft", "trl") if suite in TRAINS else TRAIN_EXTRA)
     counts = check_counts(DEFAULT_COUNTS[suite] if num_voco_tokens is None else num_voco_tokens)
-    is_said = num_voco_tokens is not None
     for path in (output, plot):
         if path is not None:
             check_output(path, force)
@@ -222,15 +221,21 @@ def evaluate(
         check_output(training_picture(plot), force)
     check_plot(plot)
     folder = work_dir or Path("runs") / suite.value
-    if suite is Suite.lmms:
-        asking = LmmsSettings(limit, batch_size or LMMS_BATCH_SIZE, num_frames, include_path)
-        evaluate_lmms(tasks or [], model, upper_bound, counts, asking, folder, output, plot, device, dtype, is_said)
-        return
-    limit = limit or SCENES
     if suite not in TRAINS:
-        batch_size = batch_size or BATCH_SIZE
-        evaluate_model(suite, model, split.value, counts, limit, batch_size, output, plot, device, dtype, is_said)
+        from .loading import check_reads_images_whole, find_model, load_model
+
+        network = load_model(find_model(model), device, dtype)
+        if num_voco_tokens is None and suite is not Suite.videos:
+            check_reads_images_whole(network[1])
+        if suite is Suite.lmms:
+            bound = None if upper_bound is None else load_model(find_model(upper_bound), device, dtype)
+            asking = LmmsSettings(limit, batch_size or LMMS_BATCH_SIZE, num_frames, include_path)
+            evaluate_lmms(tasks or [], network, bound, counts, asking, folder, output, plot)
+        else:
+            batch_size = batch_size or BATCH_SIZE
+            evaluate_model(suite, network, split.value, counts, limit or SCENES, batch_size, output, plot)
     else:
+        limit = limit or SCENES
         trained = chosen_size(size, steps, learning_rates)
         if suite is Suite.distillation:
             if counts != (1,):
@@ -282,23 +287,15 @@ def wide_console(width: int = TABLE_WIDTH) -> Console:
 
 def evaluate_model(
     suite: Suite,
-    model: str | None,
+    network: tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor],
     split: str,
     counts: tuple[int, ...],
     limit: int,
     batch_size: int,
     output: Path | None,
     plot: Path | None,
-    device: str | None,
-    dtype: Dtype | None,
-    is_said: bool,
 ) -> None:
-    """Asks one model; `is_said` is whether its user has chosen the numbers."""
-    from .loading import check_reads_images_whole, find_model, load_model
-
-    network, processor = load_model(find_model(model), device, dtype)
-    if not is_said and suite is Suite.scenes:
-        check_reads_images_whole(processor)
+    """Asks one model."""
     import datasets
 
     from voco_llama_hf.scenes import evaluate_scenes, evaluate_videos
@@ -307,8 +304,7 @@ def evaluate_model(
     datasets.disable_progress_bars()
     console = wide_console()
     results: Results = (evaluate_scenes if suite is Suite.scenes else evaluate_videos)(
-        network,
-        processor,
+        *network,
         split,
         num_voco_tokens=counts,
         batch_size=batch_size,

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UsageProblem
-from .options import Dtype, check_extra
+from .options import check_extra
 
+
+if TYPE_CHECKING:
+    from voco_llama_hf.modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
 
 MODULES = ("lmms_eval", "matplotlib")
 
@@ -37,27 +41,19 @@ def check_lmms_options(tasks: Sequence[str], include_path: Path | None) -> None:
 
 def evaluate_lmms(
     tasks: Sequence[str],
-    model: str | None,
-    upper_bound: str | None,
+    network: tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor],
+    bound: tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor] | None,
     counts: tuple[int, ...],
     asking: LmmsSettings,
     work_dir: Path,
     output: Path | None,
     plot: Path | None,
-    device: str | None,
-    dtype: Dtype | None,
-    is_said: bool,
 ) -> None:
     """Asks every task at every number of VoCo tokens and at the bounds."""
     from rich.console import Console
 
     from .evaluate import wide_console
-    from .loading import check_reads_images_whole, find_model, load_model
 
-    network = load_model(find_model(model), device, dtype)
-    if not is_said:
-        check_reads_images_whole(network[1])
-    bound = None if upper_bound is None else load_model(find_model(upper_bound), device, dtype)
     with Console(stderr=True).status("Reading the tasks of lmms-eval"):
         import datasets
 

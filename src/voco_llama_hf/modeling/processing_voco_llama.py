@@ -21,7 +21,7 @@ from .images_voco_llama import load_images, warn_if_scaled
 from .layout_voco_llama import per_image_counts
 from .options_voco_llama import ProcessorOptions, VoCoLlamaProcessorKwargs
 from .placeholders_voco_llama import group_cached
-from .tiled_processing_voco_llama import check_divides_images, count_voco_tokens, divides_images, process_tiles
+from .tiled_processing_voco_llama import check_divides_images, count_processed_tiles, divides_images, process_tiles
 from .video_voco_llama import load_videos
 
 
@@ -112,10 +112,10 @@ class VoCoLlamaProcessor(ProcessorMixin):
         if voco_token_id is None or voco_token_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no {voco_token} token: add it as a special token")
         self.num_voco_tokens = per_image_counts(num_voco_tokens, 1)[0]
-        self.num_voco_tokens_per_tile = num_voco_tokens_per_tile
         if num_voco_tokens_per_tile is not None:
             check_divides_images(image_processor)
-            self.num_voco_tokens_per_tile = per_image_counts(num_voco_tokens_per_tile, 1)[0]
+            (num_voco_tokens_per_tile,) = per_image_counts(num_voco_tokens_per_tile, 1)
+        self.num_voco_tokens_per_tile = num_voco_tokens_per_tile
         self.image_token = image_token
         self.voco_token = voco_token
         self.video_token = video_token
@@ -403,8 +403,8 @@ class VoCoLlamaProcessor(ProcessorMixin):
         if num_voco_tokens_per_tile is None:
             counts, tiles = self._counts(num_voco_tokens, len(image_sizes)), [1] * len(image_sizes)
         else:
-            counts = count_voco_tokens(self.image_processor, image_sizes, num_voco_tokens_per_tile)
-            tiles = [count // num_voco_tokens_per_tile for count in counts]
+            tiles = count_processed_tiles(self.image_processor, image_sizes)
+            counts = [num_voco_tokens_per_tile * number for number in tiles]
         return MultiModalData(num_image_tokens=counts, num_image_patches=tiles)
 
     def apply_chat_template(self, *args, **kwargs):

@@ -80,14 +80,12 @@ def check_grid(image_processor: BaseImageProcessor, grid: list[list[int]] | None
         )
 
 
-def count_voco_tokens(
-    image_processor: BaseImageProcessor, image_sizes: list[list[int]], num_voco_tokens_per_tile: int
-) -> list[int]:
-    """VoCo tokens of images of these heights and widths, if each tile has so many."""
+def count_processed_tiles(image_processor: BaseImageProcessor, image_sizes: list[list[int]]) -> list[int]:
+    """Tiles of images of these heights and widths, with the one that shows all of an image."""
     size = image_processor.crop_size or image_processor.size  # type: ignore[attr-defined]
     tile_size = size["height"] if "height" in size else size["shortest_edge"]
     grid = image_processor.image_grid_pinpoints  # type: ignore[attr-defined]
-    return [num_voco_tokens_per_tile * count_tiles((height, width), grid, tile_size) for height, width in image_sizes]
+    return [count_tiles((height, width), grid, tile_size) for height, width in image_sizes]
 
 
-__all__ = ["check_divides_images", "check_grid", "count_voco_tokens", "divides_images", "process_tiles"]
+__all__ = ["check_divides_images", "check_grid", "count_processed_tiles", "divides_images", "process_tiles"]

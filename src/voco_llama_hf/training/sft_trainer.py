@@ -107,10 +107,12 @@ class VoCoSFTTrainer(SFTTrainer):
             model = load_student(model, args, quantization_config)
         if processing_class is None:
             processing_class = load_processor(name, revision)
-        if args.choices is None and data_collator is None and isinstance(processing_class, VoCoLlamaProcessor):
-            # What was trained for tiles is trained on so
-            per_tile = processing_class.num_voco_tokens_per_tile
-            args.num_voco_tokens_per_tile = None if per_tile is None else [per_tile]
+        per_tile = (
+            processing_class.num_voco_tokens_per_tile if isinstance(processing_class, VoCoLlamaProcessor) else None
+        )
+        # What was trained for tiles is trained on so
+        if per_tile is not None and args.choices is None and data_collator is None:
+            args.num_voco_tokens_per_tile = [per_tile]
             args.check_tiles()
         super().__init__(
             model,
@@ -129,11 +131,12 @@ class VoCoSFTTrainer(SFTTrainer):
             check_divides_images(self.processing_class.image_processor)
             if data_collator is not None:
                 raise ValueError("num_voco_tokens_per_tile needs this trainer's data collator, which divides images")
-        if args.choices is not None:
             # What is trained says of itself how it is to be asked
-            self.processing_class.num_voco_tokens_per_tile = next(iter(args.num_voco_tokens_per_tile or []), None)
-        if args.num_voco_tokens is not None and args.num_voco_tokens[0] > 0:
-            self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = args.num_voco_tokens[0]
+            self.processing_class.num_voco_tokens_per_tile = args.num_voco_tokens_per_tile[0]
+        elif args.num_voco_tokens is not None:
+            self.processing_class.num_voco_tokens_per_tile = None
+            if (first := args.num_voco_tokens[0]) > 0:
+                self.processing_class.num_voco_tokens = bare(self.model).config.num_voco_tokens = first
         if data_collator is None and self._is_vision_dataset:
             self.data_collator = self._widest_collator(self.data_collator)
         self.teacher_model = self._prepare_teacher(teacher_model) if args.distillation_weight > 0 else None

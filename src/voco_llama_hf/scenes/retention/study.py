@@ -167,8 +167,8 @@ class Study:
 
     def learning_rate(self, arm: Arm) -> float:
         """The one with which an arm reads validation best, trained with the first seed."""
-        first, *others = self.size.learning_rates
-        return max((first, *others), key=lambda rate: self.validated(arm, rate)) if others else first
+        rates = self.size.learning_rates
+        return max(rates, key=lambda rate: self.validated(arm, rate)) if len(rates) > 1 else rates[0]
 
     def validated(self, arm: Arm, learning_rate: float) -> float:
         """Exact match on validation, from 0 to 1, after the training with the first seed."""

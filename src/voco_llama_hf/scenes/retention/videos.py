@@ -144,7 +144,8 @@ def run_video_study(
     arms = video_arms(ks)
     results = run_arms(study, arms, seeds, lambda arm, seed: study.video_answers(arm, seed, split, limit), report)
     # One learning rate is not asked about
-    return VideoComparison(study.size.steps, results, study.search(arms) if study.size.learning_rates[1:] else {})
+    search = study.search(arms) if len(study.size.learning_rates) > 1 else {}
+    return VideoComparison(study.size.steps, results, search)
 
 
 @dataclass
