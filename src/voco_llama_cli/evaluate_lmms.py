@@ -12,7 +12,7 @@ from .options import check_extra
 
 
 if TYPE_CHECKING:
-    from voco_llama_hf.modeling import VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor
+    from voco_llama_hf.integrations.lmms_eval.suite import Network
 
 MODULES = ("lmms_eval", "matplotlib")
 
@@ -41,8 +41,8 @@ def check_lmms_options(tasks: Sequence[str], include_path: Path | None) -> None:
 
 def evaluate_lmms(
     tasks: Sequence[str],
-    network: tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor],
-    bound: tuple[VoCoLlamaForConditionalGeneration, VoCoLlamaProcessor] | None,
+    network: Network,
+    bound: Network | None,
     counts: tuple[int, ...],
     asking: LmmsSettings,
     work_dir: Path,
